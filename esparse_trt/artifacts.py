@@ -1,0 +1,265 @@
+"""What passes between stages: the layout of a build folder, and one typed record per stage.
+
+Every stage writes its files under temporary names, renames them, and returns its record; the pipeline stores
+the records in `build.json`. A record holds facts only (names, shapes, figures), never tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class BuildDir:
+    """The folder of one build. Paths only: nothing is created or read here."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).resolve()
+
+    def __getattr__(self, name: str) -> Path:
+        if name in _LAYOUT:
+            return self.root / _LAYOUT[name]
+        raise AttributeError(name)
+
+
+_LAYOUT = {
+    "manifest": "build.json",
+    "source": "source",  # the dense model as a local folder, when it came from a GGUF file
+    "journal": "journal",  # pruned blocks of an unfinished prune stage
+    "checkpoint": "checkpoint",
+    "permutation": "permutation.safetensors",
+    "onnx": "onnx",
+    "dense_onnx": "onnx/dense.onnx",
+    "explicit_onnx": "onnx/explicit.onnx",
+    "sparse_onnx": "onnx/sparse.onnx",
+    "fold_plan": "fold_plan.json",
+    "certificate": "certificate.json",
+    "engine": "engine",
+    "dense_plan": "engine/dense.plan",
+    "sparse_plan": "engine/sparse.plan",
+    "ablation": "ablation.json",
+    "report_html": "report.html",
+    "report_json": "report.json",
+    "model_repository": "model_repository",
+}
+
+
+class Record(BaseModel):
+    """Base of the stage records."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- prune ---------------------------------------------------------------------------------------------
+
+
+class KeptScore(Record):
+    """Share of the total score that an N:M mask keeps, in [0, 1]."""
+
+    natural: float = Field(description="original channel order")
+    global_: float = Field(description="after the global naive shuffle")
+    final: float = Field(description="after the local block shuffle too: what the layer was pruned with")
+
+
+class LayerRecord(Record):
+    """What happened to one linear layer; `shape` is [N, K] = [out_features, in_features]."""
+
+    name: str = Field(description="module name, such as model.layers.0.mlp.down_proj")
+    site: str = Field(
+        description="the group of layers that read the same tensor: qkv, o, gate_up, fc1, down ..."
+    )
+    block: int | None = Field(description="index of the decoder block")
+    shape: tuple[int, int]
+    pattern: str | None = Field(description="n:m, or null where the layer stayed dense")
+    reason: str | None = Field(description="why the layer stayed dense")
+    permuted: bool = Field(description="whether permutation.safetensors has an entry for it")
+    sparsity: float = Field(description="share of zeros in the stored weight")
+    kept: KeptScore | None
+
+
+class ChannelProfile(Record):
+    """Per-channel statistics of one site for plots, at most 512 evenly spaced channels, in stored order."""
+
+    site: str = Field(description="such as model.layers.0.mlp.down_proj")
+    channels: list[int] = Field(description="original channel indices")
+    entropy: list[float] | None = Field(description="nats; null when the score does not use it")
+    score: list[float] = Field(description="mean score of the channel over the rows")
+    position: list[int] = Field(description="position of each of these channels after the permutation")
+
+
+class PruneRecord(Record):
+    model_type: str
+    parameters: int
+    pruned_parameters: int = Field(description="parameters of the layers that were pruned, zeros included")
+    dtype: str = Field(description="dtype of the checkpoint")
+    source_sha256: str = Field(description="over the dense model's files")
+    calibration_sha256: str = Field(description="over the calibration token ids (int64, little endian)")
+    calibration_tokens: int
+    device: str
+    layers: list[LayerRecord]
+    channels: list[ChannelProfile]
+
+
+# --- export, fold, certify -------------------------------------------------------------------------------
+
+
+class TensorSpec(Record):
+    """A graph input or output; symbolic dimensions are strings."""
+
+    name: str
+    dtype: str = Field(description="numpy name: float16, int64 ...")
+    shape: list[int | str]
+
+
+class ExportRecord(Record):
+    """`dense.onnx` and `explicit.onnx` have the same inputs, outputs and node names."""
+
+    dtype: str
+    opset: int
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    linears: dict[str, str] = Field(
+        description="module name -> name of its weight initializer, [K, N] or [N, K]"
+    )
+    gathers: list[str] = Field(description="names of the explicit permutation nodes of explicit.onnx")
+    bytes: dict[str, int] = Field(description="dense, explicit: graph plus external data")
+
+
+class FoldRecord(Record):
+    folded: int = Field(description="Gather nodes folded into initializers")
+    kept: dict[str, str] = Field(description="Gather node -> why it could not be folded")
+    logits_error: float = Field(description="relative L2 distance of the logits before and after folding")
+    dense_error: float = Field(description="the same for the dense model, permuted and folded but not pruned")
+    bytes: int = Field(description="sparse.onnx plus external data")
+
+
+class CertifiedTensor(Record):
+    where: str = Field(description="checkpoint or onnx")
+    name: str
+    shape: list[int]
+    pattern: str
+    groups: int
+    sparsity: float
+
+
+class CertifyRecord(Record):
+    pattern: str
+    tensors: list[CertifiedTensor]
+    sha256: dict[str, str] = Field(
+        description="file, relative to the build folder -> SHA-256 of what was certified"
+    )
+
+
+# --- engine, verify, report, deploy ----------------------------------------------------------------------
+
+
+class EngineFile(Record):
+    file: str = Field(description="relative to the build folder")
+    bytes: int
+    seconds: float
+    onnx: str = Field(description="the ONNX file it was built from, relative to the build folder")
+    onnx_sha256: dict[str, str] = Field(description="file -> SHA-256 at the time of the build")
+    sparse_weights: bool
+
+
+class EngineRecord(Record):
+    flavour: Literal["tensorrt", "tensorrt_rtx"] | None
+    version: str | None
+    skipped: str | None = Field(description="why there are no engines, and what to install")
+    dense: EngineFile | None
+    sparse: EngineFile | None
+    profiles: dict[str, Any]
+    runnable: bool
+    not_runnable: str | None = Field(description="why the engines cannot be run on this machine")
+
+
+class Comparison(Record):
+    """How far one tensor of `b` lies from the same tensor of `a`; the reference is `a`."""
+
+    name: str = Field(description="tensor or module name")
+    block: int | None
+    max_abs: float
+    mean_abs: float
+    max_rel: float
+    mean_rel: float
+    relative_l2: float = Field(description="||b - a||_2 / ||a||_2")
+    cosine: float
+
+
+class Fidelity(Record):
+    """What the toolchain changed: the same sparse model through two runtimes."""
+
+    a: str
+    b: str
+    limit_logits: float
+    limit_layer: float
+    logits: Comparison
+    layers: list[Comparison]
+    first_divergence: str | None
+    passed: bool
+
+
+class TaskLevel(Record):
+    """Task-level figures on the evaluation text."""
+
+    text_sha256: str
+    tokens: int
+    length: int
+    dtype: str
+    runtime: str
+    dense_perplexity: float
+    sparse_perplexity: float
+    ratio: float
+    kl_divergence: float = Field(description="mean KL(dense || sparse) of the next-token distribution, nats")
+    top1_agreement: float
+
+
+class VerifyRecord(Record):
+    outputs: list[Comparison] = Field(description="dense against sparse, graph outputs")
+    layers: list[Comparison] = Field(description="dense against sparse, per layer")
+    fidelity: list[Fidelity]
+    task: TaskLevel | None
+    task_skipped: str | None
+    gate: float | None
+    gate_passed: bool | None
+
+
+class ReportRecord(Record):
+    html: str
+    json_file: str
+
+
+class DeployRecord(Record):
+    model_name: str
+    backend: str
+    reason: str = Field(description="why this backend")
+    max_batch_size: int
+    files: list[str] = Field(description="relative to the build folder")
+    command: str = Field(description="command that serves the repository")
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def sha256_file(path: Path, chunk: int = 1 << 22) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(chunk):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file under a temporary name beside it, flush it to disk and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,341 @@
+"""The recipe: one typed section per stage, read from YAML.
+
+Every section has defaults, so the shortest recipe names a model and a calibration text. Unknown keys are
+errors that name the nearest valid key. Relative paths are relative to the recipe file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from esparse_trt.errors import EsparseError
+
+
+class Section(BaseModel):
+    """Base of every recipe section: immutable, and strict about keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+# --- model ---------------------------------------------------------------------------------------------
+
+
+class ModelSection(Section):
+    """Where the dense model comes from: exactly one of `path` and `hub`."""
+
+    path: Path | None = Field(None, description="Local Hugging Face folder, or a .gguf file")
+    hub: str | None = Field(None, description="Hugging Face hub id, such as Qwen/Qwen2.5-0.5B")
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub repository")
+    tokenizer: Path | None = Field(None, description="Tokenizer folder, when it does not lie with the model")
+    trust_remote_code: bool = Field(False, description="Run Python code that the hub repository ships")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of `path` (a folder or .gguf file) and `hub` (a hub id)")
+        return self
+
+
+# --- text ----------------------------------------------------------------------------------------------
+
+
+class TextFile(Section):
+    """Plain UTF-8 text, cut into windows of equal length."""
+
+    source: Literal["file"] = "file"
+    path: Path = Field(description="A UTF-8 text file")
+
+
+class TextDataset(Section):
+    """A data set loaded through the `datasets` library."""
+
+    source: Literal["dataset"]
+    name: str = Field(description="Hub id or builder name: Salesforce/wikitext, allenai/c4, json, text, ...")
+    config: str | None = Field(None, description="Configuration of the data set, such as wikitext-2-raw-v1")
+    split: str = Field("train", description="Split to read")
+    column: str = Field("text", description="Column that holds the text")
+    data_files: list[str] | None = Field(None, description="Files inside the data set, or local files")
+    streaming: bool = Field(False, description="Read only as much of the data set as is needed")
+    documents: int | None = Field(None, ge=1, description="Read at most this many rows")
+
+
+class TextSelf(Section):
+    """Text that the model writes itself by sampling from its own distribution, starting from BOS."""
+
+    source: Literal["self"]
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature")
+
+
+TextSource = Annotated[Union[TextFile, TextDataset, TextSelf], Field(discriminator="source")]
+EvaluationSource = Annotated[Union[TextFile, TextDataset], Field(discriminator="source")]
+
+
+class CalibrationSection(Section):
+    """The text that the scores are measured on."""
+
+    text: TextSource
+    samples: int = Field(128, ge=1, description="Number of sequences")
+    length: int = Field(2048, ge=8, description="Tokens per sequence")
+    seed: int = Field(0, ge=0, description="Seed of the choice of windows and of sampling")
+    batch_size: int = Field(8, ge=1, description="Sequences that pass through a block at a time")
+
+
+# --- prune ---------------------------------------------------------------------------------------------
+
+
+class ScoreSection(Section):
+    """How important a weight is (DESIGN section 4)."""
+
+    method: Literal["e_sparse", "wanda", "magnitude", "ria"] = "e_sparse"
+    bins: int = Field(128, ge=2, le=4096, description="e_sparse: bins of each channel's histogram")
+    alpha: float = Field(
+        256.0, ge=0, description="e_sparse: weight of the channel's RMS norm against its entropy in nats"
+    )
+    entropy: bool = Field(True, description="e_sparse: false drops the entropy term (for ablations)")
+
+
+class LocalShuffle(Section):
+    """Local block shuffle: greedy channel swaps inside blocks of the input channels."""
+
+    block: int = Field(256, ge=4, description="Channels per block")
+    rounds: int = Field(200, ge=1, description="Rounds of simultaneous swaps at most")
+
+
+class PermuteSection(Section):
+    """Channel permutations chosen so that N:M pruning loses less (DESIGN section 5)."""
+
+    global_: Literal["deal", "sort", "none"] = Field(
+        "deal", alias="global", description="Global naive shuffle"
+    )
+    local: LocalShuffle | None = Field(
+        default_factory=LocalShuffle, description="Local block shuffle, or null"
+    )
+    residual: Literal["gather", "shared", "none"] = Field(
+        "gather",
+        description="Layers that read the residual stream: own permutation and a runtime gather, one shared "
+        "permutation for the whole model, or none",
+    )
+
+
+class LayerSelection(Section):
+    """Which linear layers are pruned, by glob on the module name; exclude wins."""
+
+    include: list[str] = Field(default_factory=lambda: ["*"])
+    exclude: list[str] = Field(default_factory=lambda: ["lm_head"])
+
+
+class PruneSection(Section):
+    """One-shot pruning."""
+
+    pattern: str = Field("2:4", description="n:m, n kept of every m consecutive input channels")
+    score: ScoreSection = Field(default_factory=ScoreSection)
+    permute: PermuteSection = Field(default_factory=PermuteSection)
+    layers: LayerSelection = Field(default_factory=LayerSelection)
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        kept, _, group = value.partition(":")
+        if not (kept.isdigit() and group.isdigit() and 0 < int(kept) < int(group)):
+            raise ValueError(f"pattern must be n:m with 0 < n < m, such as 2:4, not {value!r}")
+        return value
+
+
+# --- export, engine ------------------------------------------------------------------------------------
+
+
+class ExportSection(Section):
+    """ONNX export with KV cache."""
+
+    dtype: Literal["float16", "float32"] = Field("float16", description="Type of weights and activations")
+    opset: int = Field(20, ge=18, le=22, description="ONNX opset")
+
+
+class Profile(Section):
+    """An optimisation profile: [minimum, optimum, maximum] of each dynamic dimension."""
+
+    batch: tuple[int, int, int] = (1, 1, 4)
+    sequence: tuple[int, int, int]
+    past: tuple[int, int, int]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Profile:
+        for name in ("batch", "sequence", "past"):
+            low, best, high = getattr(self, name)
+            if not 0 <= low <= best <= high:
+                raise ValueError(
+                    f"{name} must be [minimum, optimum, maximum] in ascending order, not {[low, best, high]}"
+                )
+        return self
+
+
+class EngineSection(Section):
+    """TensorRT engines."""
+
+    flavour: Literal["auto", "tensorrt", "tensorrt_rtx", "none"] = Field(
+        "auto", description="Which TensorRT builds the engines; auto takes tensorrt, then tensorrt_rtx"
+    )
+    dense: bool = Field(True, description="Also build the dense engine, to compare with")
+    sparse_weights: bool = Field(True, description="Set SPARSE_WEIGHTS for the sparse engine")
+    profiles: dict[str, Profile] = Field(
+        default_factory=lambda: {
+            "prefill": Profile(sequence=(1, 512, 2048), past=(0, 0, 0)),
+            "decode": Profile(sequence=(1, 1, 1), past=(1, 512, 2048)),
+        }
+    )
+    workspace_mib: int | None = Field(
+        None, ge=1, description="Workspace limit in MiB; none: the builder's own"
+    )
+    run: Literal["auto", "never"] = Field("auto", description="Run the engines where a GPU can")
+
+
+# --- verify, report, deploy ----------------------------------------------------------------------------
+
+
+class VerifySection(Section):
+    """Comparison of dense and sparse, and of the toolchain with PyTorch."""
+
+    text: EvaluationSource | None = Field(
+        None, description="Evaluation text; none: task-level figures are skipped"
+    )
+    length: int = Field(512, ge=8, description="Tokens per evaluation window")
+    samples: int | None = Field(None, ge=1, description="Evaluation windows at most; none: the whole text")
+    max_perplexity_ratio: float | None = Field(
+        None, gt=0, description="Quality gate: sparse / dense perplexity above this fails the build"
+    )
+    layers: bool = Field(True, description="Compare per layer, block by block, besides the outputs")
+
+
+class ReportSection(Section):
+    """The accuracy-diff report."""
+
+    title: str | None = Field(None, description="Heading; none: the recipe's name")
+
+
+class DeploySection(Section):
+    """The Triton Inference Server model repository."""
+
+    model_name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="none: the recipe's name")
+    backend: Literal["auto", "tensorrt", "onnxruntime"] = Field(
+        "auto", description="auto: the engine if TensorRT proper built it, else the ONNX model"
+    )
+    max_batch_size: int | None = Field(None, ge=1, description="none: the largest batch of the profiles")
+    instances: int = Field(1, ge=1, description="Model instances per GPU")
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the build; default: the file's name")
+    description: str = Field("", description="One line for people")
+    model: ModelSection
+    calibration: CalibrationSection
+    prune: PruneSection = Field(default_factory=PruneSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+    engine: EngineSection = Field(default_factory=EngineSection)
+    verify: VerifySection = Field(default_factory=VerifySection)
+    report: ReportSection = Field(default_factory=ReportSection)
+    deploy: DeploySection = Field(default_factory=DeploySection)
+
+    def canonical(self) -> dict[str, Any]:
+        """The recipe as plain JSON values with every default filled in."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical form."""
+        return hashlib.sha256(json.dumps(self.canonical(), sort_keys=True).encode()).hexdigest()
+
+
+# --- reading -------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read and check a recipe file.
+
+    Raises:
+        EsparseError: the file is missing, is not YAML, or does not fit the schema; names file, key, the
+            actual value and, for an unknown key, the nearest valid one.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EsparseError(
+            f"cannot read the recipe: {error.strerror or error}",
+            where=path,
+            fix="give the path of a recipe file, such as recipes/quickstart.yaml",
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EsparseError(f"not valid YAML: {error}", where=path, fix="correct the YAML syntax") from error
+    if not isinstance(data, dict):
+        raise EsparseError(
+            f"a recipe is a mapping of sections, not {type(data).__name__}",
+            where=path,
+            fix="start from recipes/quickstart.yaml",
+        )
+    data.setdefault("name", path.stem)
+    return parse_recipe(data, base=path.parent, where=path)
+
+
+def parse_recipe(data: dict[str, Any], *, base: Path, where: Path | str = "recipe") -> Recipe:
+    """Check a recipe given as plain values; relative paths are taken from `base`."""
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise EsparseError(
+            "; ".join(lines), where=where, fix="`esparse-trt recipe schema` prints every key with its type"
+        ) from error
+    return _resolve_paths(recipe, base.resolve())
+
+
+def _explain(item: Any) -> str:
+    """One line for one pydantic error: key, message and the actual value."""
+    loc = [str(part) for part in item["loc"] if part not in ("file", "dataset", "self")]
+    key = ".".join(loc)
+    if item["type"] == "extra_forbidden":
+        known = _keys_of(loc[:-1])
+        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.0)
+        hint = f"; did you mean `{near[0]}`? (valid: {', '.join(sorted(known))})" if near else ""
+        return f"unknown key `{key}`{hint}"
+    value = "" if item["type"] == "missing" else f", got {item['input']!r}"
+    return f"`{key}`: {item['msg'].removeprefix('Value error, ')}{value}"
+
+
+def _keys_of(loc: list[str]) -> set[str]:
+    """The valid keys of the section at `loc`, read from the JSON schema so that unions need no special case."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    nodes = [schema]
+    for part in [*loc, None]:
+        flat: list[dict[str, Any]] = []
+        while nodes:
+            node = nodes.pop()
+            if "$ref" in node:
+                nodes.append(schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
+            nodes += node.get("anyOf", []) + node.get("oneOf", [])
+            flat.append(node)
+        if part is None:
+            return {key for node in flat for key in node.get("properties", {})}
+        nodes = [n["properties"][part] for n in flat if part in n.get("properties", {})]
+        nodes += [n["additionalProperties"] for n in flat if isinstance(n.get("additionalProperties"), dict)]
+    return set()
+
+
+def _resolve_paths(section: Any, base: Path) -> Any:
+    """A copy of the section with relative paths made absolute from `base`."""
+    changes: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Path):
+            changes[name] = base / value.expanduser()
+        elif isinstance(value, Section):
+            changes[name] = _resolve_paths(value, base)
+    return section.model_copy(update=changes) if changes else section
