@@ -1,1 +1,1 @@
-"""esparse-trt: prune a language model to N:M sparsity (E-Sparse), export it to ONNX and TensorRT, prove it."""
+"""esparse-trt: N:M sparse language models with E-Sparse, from PyTorch to ONNX, TensorRT and Triton."""

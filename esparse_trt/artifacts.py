@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from esparse_trt.errors import EsparseError
 
 
 class BuildDir:
@@ -92,6 +94,8 @@ class ChannelProfile(Record):
 
 
 class PruneRecord(Record):
+    """What the prune stage did, layer by layer."""
+
     model_type: str
     parameters: int
     pruned_parameters: int = Field(description="parameters of the layers that were pruned, zeros included")
@@ -130,6 +134,8 @@ class ExportRecord(Record):
 
 
 class FoldRecord(Record):
+    """Which permutations became free, and the proof that nothing changed."""
+
     folded: int = Field(description="Gather nodes folded into initializers")
     kept: dict[str, str] = Field(description="Gather node -> why it could not be folded")
     logits_error: float = Field(description="relative L2 distance of the logits before and after folding")
@@ -138,6 +144,8 @@ class FoldRecord(Record):
 
 
 class CertifiedTensor(Record):
+    """One tensor that was found N:M along K in memory order; `groups` of m weights were looked at."""
+
     where: str = Field(description="checkpoint or onnx")
     name: str
     shape: list[int]
@@ -147,6 +155,8 @@ class CertifiedTensor(Record):
 
 
 class CertifyRecord(Record):
+    """Every tensor that the recipe made sparse, in the checkpoint and in the ONNX file."""
+
     pattern: str
     tensors: list[CertifiedTensor]
     sha256: dict[str, str] = Field(
@@ -158,6 +168,8 @@ class CertifyRecord(Record):
 
 
 class EngineFile(Record):
+    """One TensorRT engine on disk."""
+
     file: str = Field(description="relative to the build folder")
     bytes: int
     seconds: float
@@ -167,6 +179,8 @@ class EngineFile(Record):
 
 
 class EngineRecord(Record):
+    """The engines, or the reason why there are none."""
+
     flavour: Literal["tensorrt", "tensorrt_rtx"] | None
     version: str | None
     skipped: str | None = Field(description="why there are no engines, and what to install")
@@ -219,6 +233,8 @@ class TaskLevel(Record):
 
 
 class VerifyRecord(Record):
+    """What pruning cost, and proof that the toolchain added nothing to it."""
+
     outputs: list[Comparison] = Field(description="dense against sparse, graph outputs")
     layers: list[Comparison] = Field(description="dense against sparse, per layer")
     fidelity: list[Fidelity]
@@ -229,11 +245,15 @@ class VerifyRecord(Record):
 
 
 class ReportRecord(Record):
+    """Where the report lies, relative to the build folder."""
+
     html: str
     json_file: str
 
 
 class DeployRecord(Record):
+    """The Triton model repository."""
+
     model_name: str
     backend: str
     reason: str = Field(description="why this backend")
@@ -242,13 +262,69 @@ class DeployRecord(Record):
     command: str = Field(description="command that serves the repository")
 
 
+# --- manifest --------------------------------------------------------------------------------------------
+
+R = TypeVar("R", bound=Record)
+
+
+class StageEntry(Record):
+    """A finished stage."""
+
+    seconds: float
+    peak_rss_bytes: int = Field(description="largest resident set of the process while the stage ran")
+    finished: str = Field(description="ISO 8601, UTC")
+    record: dict[str, Any]
+
+
+class Manifest(Record):
+    """`build.json`: the recipe that owns the folder and everything its finished stages reported."""
+
+    schema_version: int = 1
+    version: str = Field(description="esparse-trt that wrote it")
+    recipe: dict[str, Any] = Field(description="canonical form, all defaults filled in")
+    fingerprint: str = Field(description="SHA-256 of the canonical recipe")
+    environment: dict[str, str]
+    stages: dict[str, StageEntry] = Field(default_factory=dict)
+
+    def record(self, stage: str, kind: type[R]) -> R:
+        """The record of a finished stage.
+
+        Raises:
+            EsparseError: the stage has not run yet.
+        """
+        if stage not in self.stages:
+            done = ", ".join(self.stages) or "none"
+            raise EsparseError(
+                f"stage `{stage}` has not run (finished: {done})", fix="run `esparse-trt build` again"
+            )
+        return kind.model_validate(self.stages[stage].record)
+
+
+def load_manifest(folder: BuildDir) -> Manifest | None:
+    """The manifest of a build folder, or None where there is none yet.
+
+    Raises:
+        EsparseError: `build.json` is there but cannot be read.
+    """
+    if not folder.manifest.exists():
+        return None
+    try:
+        return Manifest.model_validate_json(folder.manifest.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise EsparseError(
+            f"not a manifest that this version understands: {error}",
+            where=folder.manifest,
+            fix="start over with --fresh",
+        ) from error
+
+
 # --- files -----------------------------------------------------------------------------------------------
 
 
 def sha256_file(path: Path, chunk: int = 1 << 22) -> str:
     """SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(chunk):
             digest.update(block)
     return digest.hexdigest()
@@ -258,8 +334,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file under a temporary name beside it, flush it to disk and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with temporary.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)

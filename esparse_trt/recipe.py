@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -73,8 +73,8 @@ class TextSelf(Section):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature")
 
 
-TextSource = Annotated[Union[TextFile, TextDataset, TextSelf], Field(discriminator="source")]
-EvaluationSource = Annotated[Union[TextFile, TextDataset], Field(discriminator="source")]
+TextSource = Annotated[TextFile | TextDataset | TextSelf, Field(discriminator="source")]
+EvaluationSource = Annotated[TextFile | TextDataset, Field(discriminator="source")]
 
 
 class CalibrationSection(Section):
@@ -311,7 +311,7 @@ def _explain(item: Any) -> str:
 
 
 def _keys_of(loc: list[str]) -> set[str]:
-    """The valid keys of the section at `loc`, read from the JSON schema so that unions need no special case."""
+    """Valid keys of the section at `loc`, read from the JSON schema so that unions need no special case."""
     schema = Recipe.model_json_schema(by_alias=True)
     nodes = [schema]
     for part in [*loc, None]:

@@ -1,0 +1,1 @@
+"""Serving: the Triton Inference Server model repository."""

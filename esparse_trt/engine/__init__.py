@@ -1,0 +1,1 @@
+"""TensorRT: both flavours behind one module, engine building and running."""

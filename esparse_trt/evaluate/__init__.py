@@ -1,0 +1,1 @@
+"""What pruning cost: comparison, perplexity, report."""

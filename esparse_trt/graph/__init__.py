@@ -1,0 +1,1 @@
+"""ONNX: export, folding of permutations, certificates."""

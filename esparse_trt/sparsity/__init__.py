@@ -1,0 +1,1 @@
+"""PyTorch: scores, permutations and masks; nothing here knows ONNX."""

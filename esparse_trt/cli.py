@@ -1,0 +1,242 @@
+"""The command line: parse, call, print. Everything it does is also there as a Python function."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from esparse_trt import progress
+from esparse_trt.errors import EsparseError
+
+app = typer.Typer(
+    help="Prune language models to N:M sparsity (E-Sparse) and deploy them with ONNX, TensorRT and Triton.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+recipe_app = typer.Typer(
+    help="Look at recipes: their JSON schema, or what one of them will do.", no_args_is_help=True
+)
+app.add_typer(recipe_app, name="recipe")
+console = Console()
+
+
+class StageName(str, Enum):
+    """Stages in the order in which they run; spelled out here so that `--help` needs no torch."""
+
+    prune = "prune"
+    export = "export"
+    fold = "fold"
+    certify = "certify"
+    engine = "engine"
+    verify = "verify"
+    report = "report"
+    deploy = "deploy"
+
+
+RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file (YAML)", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON lines on stderr instead of progress bars")]
+
+
+@contextmanager
+def _reported(json_logs: bool = False) -> Iterator[None]:
+    """Turn our errors into one message and an exit code; anything else is a bug and keeps its traceback."""
+    progress.configure("json" if json_logs else "rich")
+    try:
+        yield
+    except EsparseError as error:
+        if json_logs:
+            progress.note(
+                "error", what=error.what, where=error.where, fix=error.fix, exit_code=error.exit_code
+            )
+        else:
+            Console(stderr=True).print("[bold red]error:[/]", end=" ")
+            print(error, file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        print("\ninterrupted; the same command resumes where it stopped", file=sys.stderr)
+        raise typer.Exit(130) from error
+
+
+@app.command(
+    epilog="Examples:\n\n  esparse-trt build recipes/quickstart.yaml\n\n"
+    "  esparse-trt build recipes/llama-7b.yaml --out /data/llama --dry-run\n\n"
+    "  esparse-trt build recipes/llama-7b.yaml --from verify"
+)
+def build(
+    recipe: RecipeArgument,
+    out: Annotated[Optional[Path], typer.Option(help="Build folder (default: build/<recipe name>)")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete an earlier build in the folder first")
+    ] = False,
+    first: Annotated[
+        Optional[StageName], typer.Option("--from", help="Run this stage and later ones again")
+    ] = None,
+    last: Annotated[Optional[StageName], typer.Option("--to", help="Stop after this stage")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan, sizes and memory; do nothing")
+    ] = False,
+    json_logs: JsonOption = False,
+) -> None:
+    """From a recipe to a verified sparse model, engines, a report and a Triton repository.
+
+    Run again with the same recipe, it resumes where it stopped.
+    """
+    with _reported(json_logs):
+        from esparse_trt import pipeline
+        from esparse_trt.recipe import load_recipe
+
+        loaded = load_recipe(recipe)
+        folder = out if out is not None else Path("build") / loaded.name
+        if dry_run:
+            from esparse_trt.plan import plan_build
+
+            print(plan_build(loaded, folder))
+            return
+        manifest = pipeline.build(
+            loaded, folder, fresh=fresh, first=first and first.value, last=last and last.value
+        )
+        if json_logs:
+            progress.note("done", folder=str(folder), stages=list(manifest.stages))
+        else:
+            from esparse_trt.summary import print_summary
+
+            print_summary(console, manifest, folder)
+
+
+@app.command(
+    epilog="Examples:\n\n  esparse-trt ablate recipes/quickstart.yaml\n\n"
+    "  esparse-trt ablate recipes/quickstart.yaml --only wanda --only e_sparse"
+)
+def ablate(
+    recipe: RecipeArgument,
+    out: Annotated[Optional[Path], typer.Option(help="Build folder (default: build/<recipe name>)")] = None,
+    only: Annotated[Optional[list[str]], typer.Option(help="Run only this row; may be repeated")] = None,
+    json_logs: JsonOption = False,
+) -> None:
+    """Prune one model with every method and with each part of E-Sparse taken away, and compare.
+
+    Writes ablation.json into the build folder, row by row, so that it resumes; the report shows the table.
+    """
+    with _reported(json_logs):
+        from esparse_trt.ablate import print_table, run_ablation
+        from esparse_trt.recipe import load_recipe
+
+        loaded = load_recipe(recipe)
+        print_table(console, run_ablation(loaded, out or Path("build") / loaded.name, only=only))
+
+
+@app.command(
+    epilog="Examples:\n\n  esparse-trt certify build/quickstart\n\n"
+    "  esparse-trt certify model.safetensors --pattern 2:4 --tensors '*mlp*'"
+)
+def certify(
+    path: Annotated[
+        Path, typer.Argument(help="A build folder, or a .safetensors or .onnx file", show_default=False)
+    ],
+    pattern: Annotated[str, typer.Option(help="Pattern to look for in a file, n:m")] = "2:4",
+    tensors: Annotated[
+        Optional[list[str]], typer.Option(help="Glob of tensor names; may be repeated")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON")] = False,
+) -> None:
+    """Check that weights are N:M sparse along K, the input-channel axis.
+
+    A build folder is checked strictly: every tensor that its recipe made sparse, in every file. For a single
+    file every 2-D weight is listed, and the first violation among those asked for makes the exit code 1.
+    """
+    with _reported():
+        from esparse_trt.graph import certify as certificates
+
+        if path.is_dir() and (path / "build.json").exists():
+            record = certificates.certify_build(path)
+            if json_output:
+                print(record.model_dump_json(indent=1))
+            else:
+                console.print(f"[green]{len(record.tensors)} tensors are {record.pattern} along K[/]: {path}")
+            return
+        rows = certificates.certify_file(path, pattern, tensors)
+        if json_output:
+            print(json.dumps([row.model_dump() for row in rows], indent=1))
+        else:
+            console.print(certificates.table(rows, pattern))
+        certificates.require_conforming(rows, pattern)
+
+
+@app.command(epilog="Examples:\n\n  esparse-trt report build/quickstart\n\n  esparse-trt report --schema")
+def report(
+    folder: Annotated[Optional[Path], typer.Argument(help="A build folder", show_default=False)] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of report.json")] = False,
+) -> None:
+    """Write report.html and report.json of a build again."""
+    with _reported():
+        from esparse_trt.artifacts import BuildDir, load_manifest
+        from esparse_trt.evaluate import report as reports
+        from esparse_trt.recipe import Recipe
+
+        if schema:
+            print(json.dumps(reports.report_schema(), indent=2))
+            return
+        manifest = load_manifest(BuildDir(folder)) if folder is not None else None
+        if folder is None or manifest is None:
+            raise EsparseError(
+                "no build.json there" if folder else "which build?",
+                where=folder,
+                fix="give the folder of a build",
+            )
+        reports.report(Recipe.model_validate(manifest.recipe), BuildDir(folder), manifest)
+        console.print(folder / "report.html")
+
+
+@recipe_app.command("schema", epilog="Example:\n\n  esparse-trt recipe schema > esparse-recipe.schema.json")
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from esparse_trt.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))
+
+
+@recipe_app.command("check", epilog="Example:\n\n  esparse-trt recipe check recipes/quickstart.yaml")
+def recipe_check(recipe: RecipeArgument) -> None:
+    """Validate a recipe and explain what it will do."""
+    with _reported():
+        from esparse_trt.recipe import load_recipe
+        from esparse_trt.recipe_explain import explain
+
+        print(explain(load_recipe(recipe)))
+
+
+@app.command()
+def doctor(
+    json_output: Annotated[bool, typer.Option("--json", help="Print the findings as JSON")] = False,
+) -> None:
+    """Show what is installed, what a build would skip, and why."""
+    with _reported():
+        from esparse_trt.doctor import diagnose
+
+        findings = diagnose()
+        if json_output:
+            print(json.dumps([finding.__dict__ for finding in findings], indent=1))
+            return
+        table = Table("", "what", "found", "so", "fix", box=None)
+        marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "missing": "[red]missing[/]"}
+        for finding in findings:
+            table.add_row(
+                marks[finding.status], finding.name, finding.detail, finding.consequence, finding.fix
+            )
+        console.print(table)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
