@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -75,14 +75,14 @@ def _reported(json_logs: bool = False) -> Iterator[None]:
 )
 def build(
     recipe: RecipeArgument,
-    out: Annotated[Optional[Path], typer.Option(help="Build folder (default: build/<recipe name>)")] = None,
+    out: Annotated[Path | None, typer.Option(help="Build folder (default: build/<recipe name>)")] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete an earlier build in the folder first")
     ] = False,
     first: Annotated[
-        Optional[StageName], typer.Option("--from", help="Run this stage and later ones again")
+        StageName | None, typer.Option("--from", help="Run this stage and later ones again")
     ] = None,
-    last: Annotated[Optional[StageName], typer.Option("--to", help="Stop after this stage")] = None,
+    last: Annotated[StageName | None, typer.Option("--to", help="Stop after this stage")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan, sizes and memory; do nothing")
     ] = False,
@@ -120,8 +120,8 @@ def build(
 )
 def ablate(
     recipe: RecipeArgument,
-    out: Annotated[Optional[Path], typer.Option(help="Build folder (default: build/<recipe name>)")] = None,
-    only: Annotated[Optional[list[str]], typer.Option(help="Run only this row; may be repeated")] = None,
+    out: Annotated[Path | None, typer.Option(help="Build folder (default: build/<recipe name>)")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run only this row; may be repeated")] = None,
     json_logs: JsonOption = False,
 ) -> None:
     """Prune one model with every method and with each part of E-Sparse taken away, and compare.
@@ -145,9 +145,7 @@ def certify(
         Path, typer.Argument(help="A build folder, or a .safetensors or .onnx file", show_default=False)
     ],
     pattern: Annotated[str, typer.Option(help="Pattern to look for in a file, n:m")] = "2:4",
-    tensors: Annotated[
-        Optional[list[str]], typer.Option(help="Glob of tensor names; may be repeated")
-    ] = None,
+    tensors: Annotated[list[str] | None, typer.Option(help="Glob of tensor names; may be repeated")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON")] = False,
 ) -> None:
     """Check that weights are N:M sparse along K, the input-channel axis.
@@ -175,7 +173,7 @@ def certify(
 
 @app.command(epilog="Examples:\n\n  esparse-trt report build/quickstart\n\n  esparse-trt report --schema")
 def report(
-    folder: Annotated[Optional[Path], typer.Argument(help="A build folder", show_default=False)] = None,
+    folder: Annotated[Path | None, typer.Argument(help="A build folder", show_default=False)] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of report.json")] = False,
 ) -> None:
     """Write report.html and report.json of a build again."""

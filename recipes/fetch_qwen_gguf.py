@@ -45,7 +45,9 @@ def join(wheels: list[Path], output: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", nargs="?", type=Path, default=DEFAULT, help="default: %(default)s")
     output: Path = parser.parse_args().output
     output.parent.mkdir(parents=True, exist_ok=True)
