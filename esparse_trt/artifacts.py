@@ -262,6 +262,28 @@ class DeployRecord(Record):
     command: str = Field(description="command that serves the repository")
 
 
+class AblationRow(Record):
+    """One way of pruning, measured like the others."""
+
+    name: str
+    settings: dict[str, Any] = Field(description="recipe keys that differ from the recipe of the table")
+    perplexity: float
+    ln_ratio: float = Field(description="ln(perplexity / dense perplexity)")
+    ln_ratio_ci95: float | None = Field(description="half width of the 95 % confidence interval of ln_ratio")
+    kl: float = Field(description="mean KL(dense || sparse) of the next-token distribution, nats")
+    top1: float = Field(description="share of positions whose most likely token is that of the dense model")
+    seconds: float
+
+
+class Ablation(Record):
+    """`ablation.json`: one model pruned in every way, on one text."""
+
+    model: str
+    text: str
+    dense_perplexity: float
+    rows: list[AblationRow]
+
+
 # --- manifest --------------------------------------------------------------------------------------------
 
 R = TypeVar("R", bound=Record)

@@ -8,11 +8,9 @@ done, so a killed build starts again at the stage (and, while pruning, at the bl
 from __future__ import annotations
 
 import errno
-import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,7 +29,6 @@ from esparse_trt.artifacts import (
     ReportRecord,
     StageEntry,
     VerifyRecord,
-    load_manifest,
     write_atomic,
 )
 from esparse_trt.deploy.triton import deploy
@@ -45,6 +42,7 @@ from esparse_trt.graph.fold import fold
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe, load_recipe
 from esparse_trt.sparsity.prune import prune
+from esparse_trt.workspace import claim
 
 
 @dataclass(frozen=True)
@@ -133,11 +131,11 @@ def build(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = BuildDir(out if out is not None else Path("build") / recipe.name)
-    begin, end = _index(first, 0), _index(last, len(STAGES) - 1)
-    with _owned(folder):
-        manifest = _open(recipe, folder, fresh, first)
-        for number, stage in enumerate(STAGES[: end + 1]):
-            if (first is None or number < begin) and _finished(stage, folder, manifest):
+    begin, end = _index(first, len(STAGES)), _index(last, len(STAGES) - 1)
+    reread = {section for stage in STAGES[begin:] for section in stage.sections}
+    with claim(recipe, folder, fresh=fresh, redo=STAGE_NAMES[begin:], reread=reread) as manifest:
+        for stage in STAGES[: end + 1]:
+            if _finished(stage, folder, manifest):
                 note(f"[dim]{stage.name:8} already done[/]", stage=stage.name, status="resumed")
             else:
                 manifest = _run(stage, recipe, folder, manifest)
@@ -191,101 +189,3 @@ def _run(stage: Stage, recipe: Recipe, folder: BuildDir, manifest: Manifest) -> 
         stage=stage.name, status="finished", seconds=entry.seconds, peak_rss_bytes=entry.peak_rss_bytes,
     )  # fmt: skip
     return manifest
-
-
-# --- the folder ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _owned(folder: BuildDir) -> Iterator[None]:
-    """Make the folder and hold its lock, so that two builds never write into it at once."""
-    try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        lock = (folder.root / ".lock").open("w")
-    except OSError as error:
-        raise EsparseError(
-            f"cannot write here: {error.strerror}",
-            where=folder.root,
-            fix="choose a writable folder with --out",
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EsparseError(
-                "another esparse-trt process is building here",
-                where=folder.root,
-                fix="wait for it, or use --out",
-            ) from error
-        yield
-
-
-def _open(recipe: Recipe, folder: BuildDir, fresh: bool, first: str | None) -> Manifest:
-    """The folder's manifest: a new one, the one to resume, or an error if it is not ours."""
-    if fresh:
-        _clear(folder)
-    if first == STAGE_NAMES[0]:
-        shutil.rmtree(folder.journal, ignore_errors=True)
-    old = load_manifest(folder)
-    new = Manifest(
-        version=system.package_version("esparse-trt") or "source tree",
-        recipe=recipe.canonical(),
-        fingerprint=recipe.fingerprint(),
-        environment=system.environment(),
-    )
-    if old is None:
-        strangers = [path.name for path in folder.root.iterdir() if path.name != ".lock"]
-        if strangers:
-            raise EsparseError(
-                f"the folder is not empty and no build of ours (it holds {', '.join(sorted(strangers)[:5])})",
-                where=folder.root,
-                fix="choose another folder with --out",
-            )
-    elif old.fingerprint == new.fingerprint:
-        new = new.model_copy(update={"stages": old.stages})
-    else:
-        new = _adopt(old, new, folder, first)
-    write_atomic(folder.manifest, new.model_dump_json(indent=1))
-    return new
-
-
-def _adopt(old: Manifest, new: Manifest, folder: BuildDir, first: str | None) -> Manifest:
-    """Accept a changed recipe only if every change concerns stages that `--from` runs again."""
-    changed = sorted(_differences(old.recipe, new.recipe))
-    reread = {section for stage in STAGES[_index(first, len(STAGES)) :] for section in stage.sections}
-    harmless = {"name", "description"}
-    if not all(key.split(".")[0] in reread | harmless for key in changed):
-        owner = next(
-            (s.name for s in STAGES if {k.split(".")[0] for k in changed} & set(s.sections)), "prune"
-        )
-        raise EsparseError(
-            f"the folder belongs to another recipe (different: {', '.join(changed[:6])})",
-            where=folder.root,
-            fix=f"use --out for a new folder, --from {owner} to redo what changed, or --fresh to start over",
-        )
-    return new.model_copy(update={"stages": old.stages})
-
-
-def _differences(a: object, b: object, prefix: str = "") -> Iterator[str]:
-    """Dotted keys at which two canonical recipes differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in a.keys() | b.keys():
-            yield from _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
-    elif a != b:
-        yield prefix
-
-
-def _clear(folder: BuildDir) -> None:
-    """Delete an earlier build of ours, and nothing else."""
-    if not any(folder.root.iterdir()):
-        return
-    if not folder.manifest.exists() and {path.name for path in folder.root.iterdir()} != {".lock"}:
-        raise EsparseError(
-            "no build of ours lies here, so --fresh deletes nothing",
-            where=folder.root,
-            fix="use another --out",
-        )
-    for path in folder.root.iterdir():
-        if path.name == ".lock":
-            continue
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -36,7 +37,7 @@ def make_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA with grouped-query attention (2 layers, hidden 64, 4 heads, 2 KV heads), fp32, on disk."""
+    """A random LLaMA on disk: 2 layers, hidden 64, 4 heads, 2 KV heads, fp32."""
     folder = tmp_path_factory.mktemp("tiny_llama")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -53,4 +54,21 @@ def sample_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small English text file."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, sample_text: Path) -> Path:
+    """A recipe that prunes `tiny_llama` to 2:4 in fp32 within seconds and builds no engine."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    text = {"source": "file", "path": str(sample_text)}
+    recipe = {
+        "model": {"path": str(tiny_llama)},
+        "calibration": {"text": text, "samples": 8, "length": 32, "batch_size": 4},
+        "prune": {"pattern": "2:4", "permute": {"local": {"block": 32}}},
+        "export": {"dtype": "float32"},
+        "engine": {"flavour": "none"},
+        "verify": {"text": text, "length": 32, "samples": 8},
+    }
+    path.write_text(yaml.safe_dump(recipe))
     return path

@@ -1,0 +1,190 @@
+"""The plots of the report, as inline SVG.
+
+matplotlib knows no CSS, so every figure is drawn in placeholder colours that are then replaced by the custom
+properties of the page: the same drawing is right on a light screen, a dark one and on paper. Equal input
+gives equal bytes: no dates, and the salt of the generated ids is the name of the plot.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from esparse_trt.artifacts import Ablation, ChannelProfile, Comparison, LayerRecord
+
+INK, MUTED, GRID = "#0a0a01", "#0a0a02", "#0a0a03"
+SERIES = tuple(f"#0a0b0{i}" for i in range(1, 7))
+_PROPERTIES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {
+    colour: f"--series-{i}" for i, colour in enumerate(SERIES, 1)
+}
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the font of the page
+    "path.simplify": False,  # would drop the zero-length strokes that `_dots` draws
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.borderaxespad": 0.0,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def error_by_layer(layers: Sequence[LayerRecord], errors: dict[str, Comparison]) -> str:
+    """Relative L2 error of each layer's output over the blocks: a dot a layer, a line through each site's mean.
+
+    Args:
+        layers: the linear layers in model order.
+        errors: dense against sparse, by module name; layers without an entry are not drawn.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for number, (site, rows) in enumerate(_by_site(layers).items()):
+            found = [(row.block, errors[row.name].relative_l2) for row in rows if row.name in errors]
+            colour = SERIES[number % len(SERIES)]
+            _dots(axes, [x for x, _ in found], [y for _, y in found], colour, size=4.0)
+            blocks = sorted({x for x, _ in found})
+            axes.plot(
+                blocks, [fmean(y for x, y in found if x == b) for b in blocks], color=colour, label=site
+            )
+        axes.set_ylim(bottom=0)
+        _label(axes, "decoder block", "relative L2 error")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=8, handlelength=1.2, columnspacing=1.4)
+
+    return _svg("error-by-layer", (8.6, 3.0), draw)
+
+
+def kept_by_layer(layers: Sequence[LayerRecord]) -> str:
+    """Share of the score that the mask keeps, before and after each shuffle: one panel a site."""
+    sites = _by_site([row for row in layers if row.kept])
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(sites), sharey=True, squeeze=False)[0]
+        for axes, (site, rows) in zip(panels, sites.items(), strict=True):
+            for field, label, colour, width in (
+                ("natural", "original order", MUTED, 1.2),
+                ("global_", "+ global shuffle", SERIES[1], 1.6),
+                ("final", "+ local shuffle", SERIES[0], 1.6),
+            ):
+                blocks = sorted({row.block for row in rows if row.block is not None})
+                means = [
+                    fmean(getattr(row.kept, field) for row in rows if row.block == block) for block in blocks
+                ]
+                axes.plot(
+                    blocks, means, color=colour, lw=width, label=label, marker="o", ms=2.5, markeredgewidth=0
+                )
+            axes.set_title(site)
+            _label(axes, "decoder block", "")
+        panels[0].set_ylabel("kept share of score")
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, handlelength=1.2
+        )
+
+    return _svg("kept-by-layer", (8.6, 2.9), draw)
+
+
+def channels(profile: ChannelProfile, number: int) -> str:
+    """Score (and entropy, where the score uses it) of the channels of one site, before and after the shuffle."""
+    rows = [("mean score", profile.score, SERIES[0])]
+    if profile.entropy is not None:
+        rows.insert(0, ("entropy, nats", profile.entropy, SERIES[1]))
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(len(rows), 2, sharey="row", sharex="col", squeeze=False)
+        for line, (label, values, colour) in zip(panels, rows, strict=True):
+            _dots(line[0], profile.channels, values, colour, size=2.6)
+            _dots(line[1], profile.position, values, colour, size=2.6)
+            line[0].set_ylabel(label)
+        panels[0][0].set_title("before: original order")
+        panels[0][1].set_title("after: order of the mask's groups")
+        for axes in panels[-1]:
+            axes.set_xlabel("channel")
+
+    return _svg(f"channels-{number}", (8.6, 1.3 + 1.35 * len(rows)), draw)
+
+
+def ablation(table: Ablation) -> str:
+    """Log perplexity ratio of every ablation row, with its 95 % confidence interval where it is known."""
+    rows = sorted(table.rows, key=lambda row: row.ln_ratio, reverse=True)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.barh(range(len(rows)), [row.ln_ratio for row in rows], color=SERIES[0], height=0.55, alpha=0.85)
+        for y, row in enumerate(rows):
+            if row.ln_ratio_ci95 is not None:
+                axes.errorbar(row.ln_ratio, y, xerr=row.ln_ratio_ci95, color=INK, elinewidth=1.1, capsize=2.5)
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.grid(visible=True, axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("ln(sparse perplexity / dense perplexity); shorter is better")
+
+    return _svg("ablation", (8.6, 0.8 + 0.27 * len(rows)), draw)
+
+
+def _by_site(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
+    """Layers inside decoder blocks, grouped by site in model order."""
+    sites: dict[str, list[LayerRecord]] = {}
+    for row in layers:
+        if row.block is not None:
+            sites.setdefault(row.site, []).append(row)
+    return sites
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+
+
+def _dots(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, size: float) -> None:
+    """Scatter as one path of zero-length round strokes: a tenth of the bytes of one element per point."""
+    gap = float("nan")
+    xs = [value for point in x for value in (point, point, gap)]
+    ys = [value for point in y for value in (point, point, gap)]
+    axes.plot(xs, ys, color=colour, lw=size, alpha=0.55, solid_capstyle="round")
+
+
+def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
+    """Draw a figure of `size` inches and return an `<svg>` element that takes its colours from the page."""
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        FigureCanvasSVG(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(id="|"#|url\(#)', rf"\g<1>{name}-", svg)  # several drawings share one document
+    svg = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font-size: \1px", svg)
+    for colour, name_of_property in _PROPERTIES.items():
+        svg = svg.replace(colour, f"var({name_of_property})")
+    return svg.replace("<svg ", f'<svg class="plot" role="img" aria-labelledby="{name}-caption" ', 1).strip()

@@ -1,0 +1,238 @@
+"""The accuracy-diff report: one self-contained page for people, and the same facts as JSON for machines.
+
+Both are made from the manifest alone (and `ablation.json`, where there is one), so a report can be written
+again at any time. What a partial build lacks is named as missing; nothing is filled in.
+"""
+
+from __future__ import annotations
+
+from math import ceil, log2
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from esparse_trt.artifacts import (
+    Ablation,
+    BuildDir,
+    CertifyRecord,
+    Comparison,
+    DeployRecord,
+    EngineRecord,
+    ExportRecord,
+    FoldRecord,
+    LayerRecord,
+    Manifest,
+    PruneRecord,
+    Record,
+    ReportRecord,
+    VerifyRecord,
+    write_atomic,
+)
+from esparse_trt.errors import EsparseError
+from esparse_trt.evaluate.page import render
+from esparse_trt.recipe import Recipe
+
+SCHEMA_VERSION = 1
+NEEDED = ("prune", "export", "fold", "certify", "engine", "verify")  # `deploy` runs after the report
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+R = TypeVar("R", bound=Record)
+
+
+class Headline(Record):
+    """The figures that decide. Null means that the stage which measures it has not run or was skipped."""
+
+    dense_perplexity: float | None = None
+    sparse_perplexity: float | None = None
+    perplexity_ratio: float | None = Field(None, description="sparse / dense")
+    kl_divergence: float | None = Field(None, description="mean KL(dense || sparse), nats per token")
+    top1_agreement: float | None = Field(None, description="share of positions with the same first token")
+    layers: int | None = Field(None, description="linear layers of the model")
+    layers_pruned: int | None = None
+    weights_pruned: float | None = Field(
+        None, description="zeros in the linear layers / weights in the linear layers"
+    )
+    parameters_pruned: float | None = Field(None, description="the same zeros / all parameters of the model")
+    dense_onnx_bytes: int | None = Field(None, description="dense.onnx with its external data")
+    sparse_onnx_bytes: int | None = Field(
+        None, description="sparse.onnx with its external data: zeros included"
+    )
+    packed_bytes_estimate: int | None = Field(
+        None,
+        description="computed, not written: sparse.onnx if every pruned layer kept only its nonzeros and their "
+        "positions",
+    )
+    certified_tensors: int | None = None
+    fidelity_passed: bool | None = None
+    gate_passed: bool | None = Field(None, description="null also when the recipe sets no quality gate")
+
+
+class LayerRow(LayerRecord):
+    """A linear layer: what pruning did to it, and how far its output moved."""
+
+    error: Comparison | None = Field(description="output of the layer, dense against sparse")
+
+
+class StageTime(Record):
+    """What a stage cost."""
+
+    seconds: float
+    peak_rss_bytes: int
+    finished: str = Field(description="ISO 8601, UTC")
+
+
+class Report(Record):
+    """`report.json`. `headline` and `layers` are derived; the records below them are what the stages reported."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    title: str
+    description: str
+    version: str = Field(description="esparse-trt that built it")
+    fingerprint: str = Field(description="SHA-256 of the canonical recipe")
+    recipe: dict[str, Any] = Field(description="canonical form, all defaults filled in")
+    environment: dict[str, str]
+    headline: Headline
+    layers: list[LayerRow] = Field(description="every linear layer, in model order")
+    stages: dict[str, StageTime]
+    missing: list[str] = Field(description="stages that have not run: what they would report is absent below")
+    prune: PruneRecord | None
+    export: ExportRecord | None
+    fold: FoldRecord | None
+    certify: CertifyRecord | None
+    engine: EngineRecord | None
+    verify: VerifyRecord | None
+    deploy: DeployRecord | None
+    ablation: Ablation | None
+
+
+def report(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> ReportRecord:
+    """Write `report.html` and `report.json`.
+
+    Raises:
+        EsparseError: a record of the manifest, or `ablation.json`, does not fit this version's schema.
+    """
+    facts = assemble(recipe, folder, manifest)
+    page = render(facts)
+    write_atomic(folder.report_json, facts.model_dump_json(indent=1, by_alias=True) + "\n")
+    write_atomic(folder.report_html, page)
+    return ReportRecord(html=folder.report_html.name, json_file=folder.report_json.name)
+
+
+def report_schema() -> dict[str, Any]:
+    """JSON schema of `report.json`."""
+    return Report.model_json_schema(mode="serialization")
+
+
+def assemble(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Report:
+    """Gather the facts of a build, finished or not."""
+    pruned = _record(manifest, "prune", PruneRecord, folder)
+    exported = _record(manifest, "export", ExportRecord, folder)
+    folded = _record(manifest, "fold", FoldRecord, folder)
+    certified = _record(manifest, "certify", CertifyRecord, folder)
+    verified = _record(manifest, "verify", VerifyRecord, folder)
+    errors = {item.name: item for item in verified.layers} if verified else {}
+    stages = {
+        name: StageTime(**entry.model_dump(exclude={"record"})) for name, entry in manifest.stages.items()
+    }
+    return Report(
+        title=recipe.report.title or recipe.name,
+        description=recipe.description,
+        version=manifest.version,
+        fingerprint=manifest.fingerprint,
+        recipe=manifest.recipe,
+        environment=manifest.environment,
+        headline=_headline(pruned, exported, folded, certified, verified),
+        layers=[
+            LayerRow(**layer.model_dump(), error=errors.get(layer.name))
+            for layer in (pruned.layers if pruned else [])
+        ],
+        stages=stages,
+        missing=[name for name in NEEDED if name not in manifest.stages],
+        prune=pruned,
+        export=exported,
+        fold=folded,
+        certify=certified,
+        engine=_record(manifest, "engine", EngineRecord, folder),
+        verify=verified,
+        deploy=_record(manifest, "deploy", DeployRecord, folder),
+        ablation=_ablation(folder),
+    )
+
+
+def _record(manifest: Manifest, stage: str, kind: type[R], folder: BuildDir) -> R | None:
+    if stage not in manifest.stages:
+        return None
+    try:
+        return manifest.record(stage, kind)
+    except ValidationError as error:
+        raise EsparseError(
+            f"the record of stage `{stage}` is not one that this version understands: {error}",
+            where=folder.manifest,
+            fix=f"`esparse-trt build RECIPE --from {stage}` writes it again",
+        ) from error
+
+
+def _ablation(folder: BuildDir) -> Ablation | None:
+    if not folder.ablation.exists():
+        return None
+    try:
+        return Ablation.model_validate_json(folder.ablation.read_bytes())
+    except ValidationError as error:
+        raise EsparseError(
+            f"not an ablation table that this version understands: {error}",
+            where=folder.ablation,
+            fix="delete the file and run `esparse-trt ablate` again",
+        ) from error
+
+
+def _headline(
+    pruned: PruneRecord | None,
+    exported: ExportRecord | None,
+    folded: FoldRecord | None,
+    certified: CertifyRecord | None,
+    verified: VerifyRecord | None,
+) -> Headline:
+    """The figures of whichever stages have run."""
+    facts: dict[str, Any] = {}
+    if pruned:
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in pruned.layers)
+        zeros = sum(layer.shape[0] * layer.shape[1] * layer.sparsity for layer in pruned.layers)
+        facts |= {
+            "layers": len(pruned.layers),
+            "layers_pruned": sum(layer.pattern is not None for layer in pruned.layers),
+            "weights_pruned": zeros / weights if weights else None,
+            "parameters_pruned": zeros / pruned.parameters,
+        }
+    if exported:
+        facts["dense_onnx_bytes"] = exported.bytes["dense"]
+    if folded:
+        facts["sparse_onnx_bytes"] = folded.bytes
+    if pruned and exported and folded:
+        facts["packed_bytes_estimate"] = folded.bytes - _saved_by_packing(pruned, _BYTES[exported.dtype])
+    if certified:
+        facts["certified_tensors"] = len(certified.tensors)
+    if verified:
+        facts["fidelity_passed"] = (
+            all(check.passed for check in verified.fidelity) if verified.fidelity else None
+        )
+        facts["gate_passed"] = verified.gate_passed
+        if task := verified.task:
+            facts |= {
+                "dense_perplexity": task.dense_perplexity,
+                "sparse_perplexity": task.sparse_perplexity,
+                "perplexity_ratio": task.ratio,
+                "kl_divergence": task.kl_divergence,
+                "top1_agreement": task.top1_agreement,
+            }
+    return Headline(**facts)
+
+
+def _saved_by_packing(pruned: PruneRecord, item: int) -> int:
+    """Bytes that the pruned layers would save with n values of `item` bytes and n positions per group of m."""
+    saved = 0.0
+    for layer in pruned.layers:
+        if layer.pattern:
+            kept, group = (int(part) for part in layer.pattern.split(":"))
+            packed = kept / group * (item + ceil(log2(group)) / 8)
+            saved += layer.shape[0] * layer.shape[1] * (item - packed)
+    return int(saved)
