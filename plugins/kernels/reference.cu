@@ -1,0 +1,46 @@
+// The reference: one thread per output, fp32 sums in ascending k, reading the compressed weights as they lie.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdio>
+
+#include "esparse/es24.h"
+#include "esparse/sparse_gemm.h"
+
+namespace {
+
+template <typename T>
+__global__ void reference(esparse_gemm p) {
+  const int64_t m = blockIdx.x;
+  const int64_t n = blockIdx.y * int64_t{blockDim.x} + threadIdx.x;
+  if (n >= p.n) return;
+
+  const T* x = static_cast<const T*>(p.x) + m * p.k;
+  const T* values = static_cast<const T*>(p.values) + n * (p.k / 2);
+  float sum = p.bias ? static_cast<float>(static_cast<const T*>(p.bias)[n]) : 0.f;
+  for (int64_t chunk = 0; chunk < p.k / 4; ++chunk) {
+    const auto [word, shift] = esparse::metadata_bits(n, chunk, p.n);
+    const int nibble = p.metadata[word] >> shift & 0xF;
+    for (int slot = 0; slot < 2; ++slot) {
+      const int64_t k = 4 * chunk + (nibble >> 2 * slot & 3);
+      const int64_t source = p.permutation ? p.permutation[k] : k;
+      sum += static_cast<float>(x[source]) * static_cast<float>(values[2 * chunk + slot]);
+    }
+  }
+  static_cast<T*>(p.y)[m * p.n + n] = static_cast<T>(sum);
+}
+
+}  // namespace
+
+esparse_status esparse_gemm_reference(const esparse_gemm* problem, void* stream, esparse_message* message) {
+  if (const esparse_status status = esparse_check(problem, message); status != ESPARSE_SUCCESS) return status;
+  const dim3 block(128);
+  const dim3 grid(static_cast<unsigned>(problem->m), static_cast<unsigned>(esparse::ceil_div(problem->n, block.x)));
+  const auto kernel = problem->dtype == ESPARSE_FP16 ? reference<__half> : reference<__nv_bfloat16>;
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(*problem);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
+    if (message) std::snprintf(message->text, sizeof message->text, "launch: %s", cudaGetErrorString(error));
+    return ESPARSE_CUDA_ERROR;
+  }
+  return ESPARSE_SUCCESS;
+}
