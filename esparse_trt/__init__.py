@@ -18,7 +18,7 @@ __all__ = ["CheckFailed", "EsparseError", "Recipe", "build", "load_recipe"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load `build` and friends on first use: they pull in torch, which `esparse-trt --help` need not wait for."""
+    """Load `build` and friends on first use: `esparse-trt --help` need not wait for torch."""
     if name == "build":
         from esparse_trt.pipeline import build
 

@@ -43,6 +43,7 @@ _LAYOUT = {
     "engine": "engine",
     "dense_plan": "engine/dense.plan",
     "sparse_plan": "engine/sparse.plan",
+    "polygraphy": "polygraphy",  # inputs and logits of the comparison, for Polygraphy's own tools
     "ablation": "ablation.json",
     "report_html": "report.html",
     "report_json": "report.json",
@@ -53,7 +54,8 @@ _LAYOUT = {
 class Record(BaseModel):
     """Base of the stage records."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # An infinite error is a fact too: strict JSON has no literal for it, so it is written as "Infinity".
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 # --- prune ---------------------------------------------------------------------------------------------
@@ -196,51 +198,63 @@ class Comparison(Record):
 
     name: str = Field(description="tensor or module name")
     block: int | None
+    step: Literal["prefill", "decode"] = Field("prefill", description="step of the comparison's text")
     max_abs: float
     mean_abs: float
-    max_rel: float
+    max_rel: float = Field(description="of |b - a| / |a| where a is not 0")
     mean_rel: float
     relative_l2: float = Field(description="||b - a||_2 / ||a||_2")
     cosine: float
 
 
 class Fidelity(Record):
-    """What the toolchain changed: the same sparse model through two runtimes."""
+    """What the toolchain changed: the same model through two runtimes, `a` the reference."""
 
     a: str
     b: str
-    limit_logits: float
-    limit_layer: float
-    logits: Comparison
-    layers: list[Comparison]
-    first_divergence: str | None
+    limit_logits: float = Field(description="largest relative L2 distance of the logits that rounding explains")
+    limit_layer: float = Field(description="the same for one layer")
+    logits: Comparison = Field(description="all positions, prefill and decode, from tokens to logits")
+    layers: list[Comparison] = Field(
+        description="outputs of linear layers and decoder blocks in execution order, each block given the same "
+        "input in both runtimes; empty where a runtime does not show them"
+    )
+    first_divergence: str | None = Field(description="the first layer above its limit, or the logits")
     passed: bool
 
 
 class TaskLevel(Record):
     """Task-level figures on the evaluation text."""
 
-    text_sha256: str
-    tokens: int
-    length: int
+    text_sha256: str = Field(description="over the token ids of all windows (int64, little endian)")
+    tokens: int = Field(description="tokens scored: windows x (length - 1)")
+    length: int = Field(description="tokens per window")
     dtype: str
     runtime: str
+    protocol: str = Field("", description="how the text was cut and scored, in words")
     dense_perplexity: float
     sparse_perplexity: float
-    ratio: float
+    ratio: float = Field(description="sparse / dense perplexity")
+    ln_ratio_ci95: float | None = Field(
+        None, description="half width of the 95 % confidence interval of ln(ratio), paired over windows"
+    )
     kl_divergence: float = Field(description="mean KL(dense || sparse) of the next-token distribution, nats")
-    top1_agreement: float
+    top1_agreement: float = Field(description="share of positions with the same most probable token")
 
 
 class VerifyRecord(Record):
     """What pruning cost, and proof that the toolchain added nothing to it."""
 
+    feed: str = Field("", description="the text that the graphs were compared on, in words")
     outputs: list[Comparison] = Field(description="dense against sparse, graph outputs")
-    layers: list[Comparison] = Field(description="dense against sparse, per layer")
+    layers: list[Comparison] = Field(
+        description="dense against sparse: outputs of linear layers and decoder blocks, in execution order"
+    )
     fidelity: list[Fidelity]
+    engines_skipped: str | None = Field(None, description="why no engine was compared")
     task: TaskLevel | None
-    task_skipped: str | None
-    gate: float | None
+    task_skipped: str | None = Field(description="why there are no task-level figures")
+    gate: float | None = Field(description="the recipe's max_perplexity_ratio")
     gate_passed: bool | None
 
 
@@ -255,6 +269,7 @@ class DeployRecord(Record):
     """The Triton model repository."""
 
     model_name: str
+    text_model: str | None = Field(description="name of the model that takes and returns text")
     backend: str
     reason: str = Field(description="why this backend")
     max_batch_size: int
@@ -280,6 +295,7 @@ class Ablation(Record):
 
     model: str
     text: str
+    device: str = Field("", description="what it was pruned and measured on")
     dense_perplexity: float
     rows: list[AblationRow]
 

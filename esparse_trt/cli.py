@@ -101,7 +101,7 @@ def build(
         if dry_run:
             from esparse_trt.plan import plan_build
 
-            print(plan_build(loaded, folder))
+            console.print(plan_build(loaded, folder))
             return
         manifest = pipeline.build(
             loaded, folder, fresh=fresh, first=first and first.value, last=last and last.value

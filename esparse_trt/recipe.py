@@ -6,16 +6,24 @@ errors that name the nearest valid key. Relative paths are relative to the recip
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from esparse_trt.errors import EsparseError
+from esparse_trt.recipe_errors import describe
+from esparse_trt.recipe_file import read_yaml
 
 
 class Section(BaseModel):
@@ -53,6 +61,9 @@ class TextFile(Section):
     path: Path = Field(description="A UTF-8 text file")
 
 
+_BUILDERS = ("json", "text", "csv", "parquet")  # of the datasets library: they read local files or URLs
+
+
 class TextDataset(Section):
     """A data set loaded through the `datasets` library."""
 
@@ -61,7 +72,12 @@ class TextDataset(Section):
     config: str | None = Field(None, description="Configuration of the data set, such as wikitext-2-raw-v1")
     split: str = Field("train", description="Split to read")
     column: str = Field("text", description="Column that holds the text")
-    data_files: list[str] | None = Field(None, description="Files inside the data set, or local files")
+    rows: Literal["documents", "lines"] = Field(
+        "documents", description="documents: each row is a text of its own; lines: all rows are one text"
+    )
+    data_files: list[str] | None = Field(
+        None, description="Files inside the data set; of a builder, local files"
+    )
     streaming: bool = Field(False, description="Read only as much of the data set as is needed")
     documents: int | None = Field(None, ge=1, description="Read at most this many rows")
 
@@ -73,8 +89,16 @@ class TextSelf(Section):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature")
 
 
-TextSource = Annotated[TextFile | TextDataset | TextSelf, Field(discriminator="source")]
-EvaluationSource = Annotated[TextFile | TextDataset, Field(discriminator="source")]
+def _file_by_default(value: Any) -> Any:
+    return {"source": "file", **value} if isinstance(value, dict) else value
+
+
+TextSource = Annotated[
+    TextFile | TextDataset | TextSelf, Field(discriminator="source"), BeforeValidator(_file_by_default)
+]
+EvaluationSource = Annotated[
+    TextFile | TextDataset, Field(discriminator="source"), BeforeValidator(_file_by_default)
+]
 
 
 class CalibrationSection(Section):
@@ -140,6 +164,15 @@ class PruneSection(Section):
     layers: LayerSelection = Field(default_factory=LayerSelection)
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError(
+                f'write it in quotes, "2:4": YAML reads an unquoted one as a number, here {value}'
+            )
+        return value
+
     @field_validator("pattern")
     @classmethod
     def _pattern(cls, value: str) -> str:
@@ -174,6 +207,8 @@ class Profile(Section):
                 raise ValueError(
                     f"{name} must be [minimum, optimum, maximum] in ascending order, not {[low, best, high]}"
                 )
+        if self.batch[0] < 1 or self.sequence[0] < 1:
+            raise ValueError("batch and sequence start at 1; only past may be 0")
         return self
 
 
@@ -194,6 +229,11 @@ class EngineSection(Section):
     workspace_mib: int | None = Field(
         None, ge=1, description="Workspace limit in MiB; none: the builder's own"
     )
+    compute_capabilities: list[Annotated[str, Field(pattern=r"^\d+\.\d$")]] | None = Field(
+        None,
+        min_length=1,
+        description='TensorRT-RTX only: GPUs to build for, such as ["8.6", "8.9"]; none: all from Ampere on',
+    )
     run: Literal["auto", "never"] = Field("auto", description="Run the engines where a GPU can")
 
 
@@ -213,6 +253,12 @@ class VerifySection(Section):
     )
     layers: bool = Field(True, description="Compare per layer, block by block, besides the outputs")
 
+    @model_validator(mode="after")
+    def _gate_has_text(self) -> VerifySection:
+        if self.max_perplexity_ratio is not None and self.text is None:
+            raise ValueError("max_perplexity_ratio needs an evaluation text: set `verify.text`")
+        return self
+
 
 class ReportSection(Section):
     """The accuracy-diff report."""
@@ -223,11 +269,20 @@ class ReportSection(Section):
 class DeploySection(Section):
     """The Triton Inference Server model repository."""
 
-    model_name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="none: the recipe's name")
-    backend: Literal["auto", "tensorrt", "onnxruntime"] = Field(
-        "auto", description="auto: the engine if TensorRT proper built it, else the ONNX model"
+    model_name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="none: the recipe's name"
     )
-    max_batch_size: int | None = Field(None, ge=1, description="none: the largest batch of the profiles")
+    backend: Literal["auto", "tensorrt", "onnxruntime", "python"] = Field(
+        "auto",
+        description="auto: the engine if TensorRT proper built it, else the ONNX model; python: ONNX Runtime on "
+        "the CPU inside Triton's Python backend, for servers without the onnxruntime backend",
+    )
+    text: bool = Field(
+        True, description="Add a model that takes and returns text, next to the one on tensors"
+    )
+    max_batch_size: int | None = Field(
+        None, ge=1, description="none: the largest batch that every profile takes"
+    )
     instances: int = Field(1, ge=1, description="Model instances per GPU")
 
 
@@ -265,19 +320,11 @@ def load_recipe(path: Path | str) -> Recipe:
             actual value and, for an unknown key, the nearest valid one.
     """
     path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EsparseError(
-            f"cannot read the recipe: {error.strerror or error}",
-            where=path,
-            fix="give the path of a recipe file, such as recipes/quickstart.yaml",
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise EsparseError(f"not valid YAML: {error}", where=path, fix="correct the YAML syntax") from error
+    data = read_yaml(path)
     if not isinstance(data, dict):
+        found = "nothing" if data is None else f"a {type(data).__name__}"
         raise EsparseError(
-            f"a recipe is a mapping of sections, not {type(data).__name__}",
+            f"a recipe is a mapping of sections, this file holds {found}",
             where=path,
             fix="start from recipes/quickstart.yaml",
         )
@@ -290,43 +337,12 @@ def parse_recipe(data: dict[str, Any], *, base: Path, where: Path | str = "recip
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
         raise EsparseError(
-            "; ".join(lines), where=where, fix="`esparse-trt recipe schema` prints every key with its type"
+            describe(error, Recipe.model_json_schema(by_alias=True)),
+            where=where,
+            fix="correct the recipe; `esparse-trt recipe schema` prints every key with its type",
         ) from error
     return _resolve_paths(recipe, base.resolve())
-
-
-def _explain(item: Any) -> str:
-    """One line for one pydantic error: key, message and the actual value."""
-    loc = [str(part) for part in item["loc"] if part not in ("file", "dataset", "self")]
-    key = ".".join(loc)
-    if item["type"] == "extra_forbidden":
-        known = _keys_of(loc[:-1])
-        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.0)
-        hint = f"; did you mean `{near[0]}`? (valid: {', '.join(sorted(known))})" if near else ""
-        return f"unknown key `{key}`{hint}"
-    value = "" if item["type"] == "missing" else f", got {item['input']!r}"
-    return f"`{key}`: {item['msg'].removeprefix('Value error, ')}{value}"
-
-
-def _keys_of(loc: list[str]) -> set[str]:
-    """Valid keys of the section at `loc`, read from the JSON schema so that unions need no special case."""
-    schema = Recipe.model_json_schema(by_alias=True)
-    nodes = [schema]
-    for part in [*loc, None]:
-        flat: list[dict[str, Any]] = []
-        while nodes:
-            node = nodes.pop()
-            if "$ref" in node:
-                nodes.append(schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
-            nodes += node.get("anyOf", []) + node.get("oneOf", [])
-            flat.append(node)
-        if part is None:
-            return {key for node in flat for key in node.get("properties", {})}
-        nodes = [n["properties"][part] for n in flat if part in n.get("properties", {})]
-        nodes += [n["additionalProperties"] for n in flat if isinstance(n.get("additionalProperties"), dict)]
-    return set()
 
 
 def _resolve_paths(section: Any, base: Path) -> Any:
@@ -338,4 +354,6 @@ def _resolve_paths(section: Any, base: Path) -> Any:
             changes[name] = base / value.expanduser()
         elif isinstance(value, Section):
             changes[name] = _resolve_paths(value, base)
+    if isinstance(section, TextDataset) and section.name in _BUILDERS and section.data_files:
+        changes["data_files"] = [f if "://" in f else str(base / f) for f in section.data_files]
     return section.model_copy(update=changes) if changes else section

@@ -70,7 +70,8 @@ def _verified(record: VerifyRecord) -> list[tuple[str, str]]:
         rows.append(
             (
                 "perplexity",
-                f"{task.dense_perplexity:.3f} dense, {task.sparse_perplexity:.3f} sparse (x{task.ratio:.3f}), "
+                f"{task.dense_perplexity:.3f} dense, {task.sparse_perplexity:.3f} sparse "
+                f"(x{task.ratio:.3f}), "
                 f"KL {task.kl_divergence:.4f} nats, top-1 agreement {task.top1_agreement:.1%}",
             )
         )

@@ -31,7 +31,7 @@ def claim(
         folder: made if it does not exist.
         fresh: delete an earlier build first.
         redo: stages whose records are forgotten, so that they run again.
-        reread: recipe sections that may differ from the earlier build, because only stages in `redo` read them.
+        reread: recipe sections that may differ from the earlier build, as only stages in `redo` read them.
 
     Yields:
         the manifest: that of the build to resume, or a new one.
@@ -92,7 +92,7 @@ def _check_change(old: Manifest, new: Manifest, folder: BuildDir, reread: Collec
     raise EsparseError(
         f"the folder belongs to another recipe (different: {', '.join(changed[:6])})",
         where=folder.root,
-        fix="use --out for a new folder, --from STAGE to redo what reads these keys, or --fresh to start over",
+        fix="use --out for a new folder, --from STAGE to redo what reads these keys, or --fresh",
     )
 
 

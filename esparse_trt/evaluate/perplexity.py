@@ -114,9 +114,9 @@ def compare_distributions(
 def log_ratio(dense_nll: Tensor, sparse_nll: Tensor) -> tuple[float, float | None]:
     """ln(sparse perplexity / dense perplexity) and the half width of its 95 % confidence interval.
 
-    Student's t on the differences [n] of the windows' mean negative log-likelihoods: paired, so that what makes
-    a window hard for both models cancels; consecutive windows are taken as independent. The t quantile comes from
-    the expansion in 1/ν of Abramowitz and Stegun 26.7.5, within 1 % for ν >= 3; None below 4 windows.
+    Student's t on the differences [n] of the windows' mean negative log-likelihoods: paired, so that what
+    makes a window hard for both models cancels. Windows are taken as independent. The t quantile is the
+    expansion in 1/ν of Abramowitz and Stegun 26.7.5, within 1 % for ν >= 3; None below 4 windows.
     """
     difference = sparse_nll.double() - dense_nll.double()
     n = len(difference)

@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from esparse_trt.artifacts import Ablation, ChannelProfile, Comparison, LayerRecord
 
 INK, MUTED, GRID = "#0a0a01", "#0a0a02", "#0a0a03"
+WIDTH = 10.6  # inches; on a desktop the text of a drawing is then as large as that of the tables
 SERIES = tuple(f"#0a0b0{i}" for i in range(1, 7))
 _PROPERTIES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {
     colour: f"--series-{i}" for i, colour in enumerate(SERIES, 1)
@@ -77,7 +78,7 @@ def error_by_layer(layers: Sequence[LayerRecord], errors: dict[str, Comparison])
         _label(axes, "decoder block", "relative L2 error")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=8, handlelength=1.2, columnspacing=1.4)
 
-    return _svg("error-by-layer", (8.6, 3.0), draw)
+    return _svg("error-by-layer", (WIDTH, 3.3), draw)
 
 
 def kept_by_layer(layers: Sequence[LayerRecord]) -> str:
@@ -106,7 +107,7 @@ def kept_by_layer(layers: Sequence[LayerRecord]) -> str:
             *panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, handlelength=1.2
         )
 
-    return _svg("kept-by-layer", (8.6, 2.9), draw)
+    return _svg("kept-by-layer", (WIDTH, 3.0), draw)
 
 
 def channels(profile: ChannelProfile, number: int) -> str:
@@ -126,7 +127,7 @@ def channels(profile: ChannelProfile, number: int) -> str:
         for axes in panels[-1]:
             axes.set_xlabel("channel")
 
-    return _svg(f"channels-{number}", (8.6, 1.3 + 1.35 * len(rows)), draw)
+    return _svg(f"channels-{number}", (WIDTH, 1.2 + 1.6 * len(rows)), draw)
 
 
 def ablation(table: Ablation) -> str:
@@ -146,7 +147,7 @@ def ablation(table: Ablation) -> str:
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("ln(sparse perplexity / dense perplexity); shorter is better")
 
-    return _svg("ablation", (8.6, 0.8 + 0.27 * len(rows)), draw)
+    return _svg("ablation", (WIDTH, 0.8 + 0.29 * len(rows)), draw)
 
 
 def _by_site(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:

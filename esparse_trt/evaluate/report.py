@@ -32,7 +32,6 @@ from esparse_trt.errors import EsparseError
 from esparse_trt.evaluate.page import render
 from esparse_trt.recipe import Recipe
 
-SCHEMA_VERSION = 1
 NEEDED = ("prune", "export", "fold", "certify", "engine", "verify")  # `deploy` runs after the report
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -84,7 +83,7 @@ class StageTime(Record):
 class Report(Record):
     """`report.json`. `headline` and `layers` are derived; the records below them are what the stages reported."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1]
     title: str
     description: str
     version: str = Field(description="esparse-trt that built it")
@@ -135,6 +134,7 @@ def assemble(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Report:
         name: StageTime(**entry.model_dump(exclude={"record"})) for name, entry in manifest.stages.items()
     }
     return Report(
+        schema_version=1,
         title=recipe.report.title or recipe.name,
         description=recipe.description,
         version=manifest.version,

@@ -1,0 +1,125 @@
+"""What a recipe will do, stage by stage, in plain words."""
+
+from __future__ import annotations
+
+from esparse_trt.recipe import Profile, Recipe, TextDataset, TextFile, TextSelf
+
+
+def explain(recipe: Recipe) -> str:
+    """A few lines for `esparse-trt recipe check`: one a stage, with the values that matter."""
+    rows = [
+        ("model", _model(recipe)),
+        ("calibrate", _calibration(recipe)),
+        ("prune", _prune(recipe)),
+        ("permute", _permute(recipe)),
+        ("export", f"ONNX with KV cache, {recipe.export.dtype}, opset {recipe.export.opset}"),
+        ("engine", _engine(recipe)),
+        *((f"  {name}", _profile(profile)) for name, profile in _profiles(recipe)),
+        ("verify", _verify(recipe)),
+        ("deploy", _deploy(recipe)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    head = f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name
+    return "\n".join([head, *(f"  {name:<{width}}  {text}" for name, text in rows)])
+
+
+def _model(recipe: Recipe) -> str:
+    model = recipe.model
+    if model.hub is not None:
+        source = f"{model.hub} from the Hugging Face hub"
+        source += f", revision {model.revision}" if model.revision else ""
+    else:
+        source = str(model.path)
+        if model.path is not None and model.path.suffix == ".gguf":
+            source += ", dequantised to fp16 once"
+        source += "" if model.path is not None and model.path.exists() else " (not there yet)"
+    if model.tokenizer is not None:
+        source += f"; tokenizer from {model.tokenizer}"
+    return source + ("; runs the repository's own code" if model.trust_remote_code else "")
+
+
+def _calibration(recipe: Recipe) -> str:
+    section = recipe.calibration
+    amount = f"{section.samples} × {section.length} = {section.samples * section.length:,} tokens"
+    return f"{amount} of {_text(section.text)}, seed {section.seed}"
+
+
+def _text(source: TextFile | TextDataset | TextSelf) -> str:
+    if isinstance(source, TextSelf):
+        return f"text that the model writes itself at temperature {source.temperature:g}"
+    if isinstance(source, TextFile):
+        return f"{source.path}{'' if source.path.exists() else ' (not there yet)'}"
+    config = f"/{source.config}" if source.config else ""
+    return f"{source.name}{config}, split {source.split}{', streamed' if source.streaming else ''}"
+
+
+def _prune(recipe: Recipe) -> str:
+    prune, score = recipe.prune, recipe.prune.score
+    kept, _, group = prune.pattern.partition(":")
+    how = {
+        "e_sparse": f"E-Sparse score ({score.bins} bins, alpha {score.alpha:g}"
+        f"{'' if score.entropy else ', entropy off'})",
+        "wanda": "Wanda score",
+        "magnitude": "magnitude",
+        "ria": "RIA score",
+    }[score.method]
+    which = ", ".join(prune.layers.include)
+    without = f" except {', '.join(prune.layers.exclude)}" if prune.layers.exclude else ""
+    layers = f"linear layers {which}{without}"
+    return f"keep {kept} of every {group} weights along K by {how}; {layers}; device {prune.device}"
+
+
+def _permute(recipe: Recipe) -> str:
+    permute = recipe.prune.permute
+    steps = {
+        "deal": ["deal channels out by score"],
+        "sort": ["lay channels out by score"],
+        "none": [],
+    }[permute.global_]
+    if permute.local is not None:
+        steps.append(f"swap inside blocks of {permute.local.block} channels")
+    if not steps:
+        return "channels stay in their order"
+    residual = {
+        "gather": "layers that read the residual stream get a runtime gather",
+        "shared": "layers that read the residual stream share one permutation",
+        "none": "layers that read the residual stream keep their order",
+    }[permute.residual]
+    return f"{', then '.join(steps)}; {residual}"
+
+
+def _profiles(recipe: Recipe) -> list[tuple[str, Profile]]:
+    return [] if recipe.engine.flavour == "none" else list(recipe.engine.profiles.items())
+
+
+def _engine(recipe: Recipe) -> str:
+    engine = recipe.engine
+    if engine.flavour == "none":
+        return "none is built"
+    which = "dense and sparse" if engine.dense else "sparse only"
+    flags = ", SPARSE_WEIGHTS" if engine.sparse_weights else ""
+    run = "run where a GPU can" if engine.run == "auto" else "not run"
+    return f"{which}{flags}, TensorRT flavour {engine.flavour}, {run}"
+
+
+def _profile(profile: Profile) -> str:
+    parts = []
+    for name in ("batch", "sequence", "past"):
+        low, best, high = getattr(profile, name)
+        parts.append(f"{name} {low}" if low == high else f"{name} {low} to {high}, best {best}")
+    return "; ".join(parts)
+
+
+def _verify(recipe: Recipe) -> str:
+    verify = recipe.verify
+    if verify.text is None:
+        return "outputs and layers only: without verify.text there is no perplexity"
+    windows = f"{verify.samples} windows" if verify.samples else "all windows"
+    gate = verify.max_perplexity_ratio
+    limit = f"; fails above {gate:g} × dense perplexity" if gate is not None else "; no quality gate"
+    return f"perplexity on {windows} of {verify.length} tokens of {_text(verify.text)}{limit}"
+
+
+def _deploy(recipe: Recipe) -> str:
+    deploy = recipe.deploy
+    return f"Triton model repository, model {deploy.model_name or recipe.name}, backend {deploy.backend}"

@@ -1,0 +1,235 @@
+"""A causal language model of which one decoder block at a time is in memory.
+
+The module tree is made on the meta device. A block's tensors are read from the memory-mapped safetensors when
+the block is entered and dropped when it is left. What the blocks are called with (hidden states, masks, rotary
+embeddings, ALiBi) is whatever the model itself passes: its forward runs once over the calibration text with
+every block replaced by one that only writes down its arguments.
+
+Memory: one block in the compute dtype, and the hidden states of the whole calibration text, samples · length ·
+hidden, in host memory. The compute dtype is float32 on a CPU and the checkpoint's own dtype on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from esparse_trt.checkpoint import weight_files
+from esparse_trt.errors import EsparseError
+from esparse_trt.model import load_config
+from esparse_trt.sparsity.models import Family, family_of, linear, stored_name
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one block's forward besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _AllBlocksSeen(Exception):
+    """Ends the forward that only writes down arguments."""
+
+
+class BlockwiseModel:
+    """A model from a local Hugging Face folder, block by block.
+
+    Attributes:
+        config: the model's configuration.
+        family: its row in the family table.
+        model: its modules, with parameters on the meta device outside of `resident`.
+        blocks: number of decoder blocks.
+        dtype: what is computed in.
+        stored_dtype: dtype of the checkpoint's linear layers.
+        hidden: [samples, length, hidden], the inputs of the next block, in host memory; None before `embed`.
+    """
+
+    def __init__(self, path: Path, device: torch.device, *, trust_remote_code: bool = False) -> None:
+        self.path = path
+        self.device = device
+        self.config = load_config(path, trust_remote_code=trust_remote_code)
+        self.family: Family = family_of(self.config)
+        self._files = _tensor_files(path)
+        self.stored_dtype = self._linear_dtype()
+        self.dtype = torch.float32 if device.type == "cpu" else self.stored_dtype
+        loader: Any = AutoModelForCausalLM
+        with init_empty_weights(include_buffers=False):
+            self.model = loader.from_config(
+                self.config, dtype=self.dtype, trust_remote_code=trust_remote_code
+            ).eval()
+        self.model.tie_weights()
+        self._blocks = self.model.get_submodule(self.family.blocks)
+        self.blocks = len(self._blocks)
+        self.hidden: Tensor | None = None
+        self._batch_size = 1
+        self._calls: dict[int, list[Call]] = {}  # batch size -> arguments of each block
+
+    def block_name(self, index: int) -> str:
+        """Module name of a block."""
+        return f"{self.family.blocks}.{index}"
+
+    def stored(self, parameter: str) -> Tensor:
+        """A parameter as the checkpoint has it, memory-mapped; `parameter` is its name in the model."""
+        name = self.stored_name(parameter)
+        with safe_open(self._files[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def stored_name(self, parameter: str) -> str:
+        """Name of a parameter in the checkpoint; of the tensor that it is tied to, if it is not stored itself."""
+        if parameter not in self._files:
+            parameter = (self.model._tied_weights_keys or {}).get(parameter, parameter)
+        return stored_name(parameter, self._files, self.model.base_model_prefix)
+
+    def embed(self, windows: Tensor, batch_size: int) -> None:
+        """Set `hidden` to what the first block reads, and learn what every block is called with."""
+        outside = [name for name, _ in self.model.base_model.named_children()]
+        prefix = self.model.base_model_prefix
+        self._batch_size = batch_size
+        batches = []
+        with self._loaded(*(f"{prefix}.{name}" for name in outside), except_blocks=True):
+            for ids in windows.split(batch_size):
+                first, calls = self._record_calls(ids.to(self.device))
+                self._calls.setdefault(len(ids), calls)
+                batches.append(first.cpu())
+        self.hidden = torch.cat(batches)
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[nn.Module]:
+        """The block with its weights on the device, in the compute dtype."""
+        with self._loaded(self.block_name(index)):
+            yield self._blocks[index]
+
+    def run(self, index: int, store: bool = False) -> Iterator[int]:
+        """Run a resident block over all batches; yields the number of each. `store`: outputs become `hidden`."""
+        assert self.hidden is not None
+        for number, hidden in enumerate(self.hidden.split(self._batch_size)):
+            call = self._calls[len(hidden)][index]
+            with torch.no_grad():
+                output = self._blocks[index](hidden.to(self.device), *call.args, **call.kwargs)
+            if store:
+                hidden.copy_(output[0] if self.family.block_returns == "tuple" else output)
+            yield number
+
+    def run_final(self, head: Callable[[Tensor], None]) -> Iterator[int]:
+        """Pass the last hidden states through the final norm, and each batch on to `head`."""
+        assert self.hidden is not None
+        modules = [m for name in self.family.final if (m := self._optional(name)) is not None]
+        names = [name for name in self.family.final if self._optional(name) is not None]
+        with self._loaded(*names), torch.no_grad():
+            for number, hidden in enumerate(self.hidden.split(self._batch_size)):
+                x = hidden.to(self.device)
+                for module in modules:
+                    x = module(x)
+                head(x)
+                yield number
+
+    @contextmanager
+    def loaded_linear(self, name: str) -> Iterator[nn.Linear]:
+        """A linear layer outside the blocks, with its weight on the device."""
+        with self._loaded(name):
+            yield linear(self.model, name)
+
+    def _linear_dtype(self) -> torch.dtype:
+        """Dtype of the first block's first linear layer, which stands for all of them."""
+        first = f"{self.family.blocks.rpartition('.')[2]}.0.{self.family.sites[0].linears[0]}.weight"
+        for name, file in self._files.items():
+            if name.endswith(first):
+                with safe_open(file, framework="pt") as tensors:
+                    return tensors.get_slice(name)[:1].dtype
+        raise EsparseError(
+            "the checkpoint has no such tensor",
+            where=f"{self.path}: {first}",
+            fix="config.json and the weights belong to different models: download both again",
+        )
+
+    def _optional(self, name: str) -> nn.Module | None:
+        parent, _, child = name.rpartition(".")
+        module = getattr(self.model.get_submodule(parent), child)
+        return module if isinstance(module, nn.Module) else None
+
+    @contextmanager
+    def _loaded(self, *names: str, except_blocks: bool = False) -> Iterator[None]:
+        """Load the parameters of modules, and drop them afterwards."""
+        with ExitStack() as stack:
+            for name in names:
+                module = self.model.get_submodule(name)
+                keys = [
+                    key
+                    for key in module.state_dict()
+                    if not (except_blocks and f"{name}.{key}".startswith(f"{self.family.blocks}."))
+                ]
+                state = {k: self._to_device(self.stored(f"{name}.{k}")) for k in keys}
+                module.load_state_dict(state, strict=False, assign=True)
+                for child in module.modules():
+                    for key, buffer in child.named_buffers(recurse=False):
+                        setattr(child, key, buffer.to(self.device))
+                empty = {k: t.to("meta") for k, t in state.items()}
+                stack.callback(module.load_state_dict, empty, strict=False, assign=True)
+            yield
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(self.device, dtype, copy=True)  # never a view of the memory-mapped file
+
+    def _record_calls(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        """Run the model with blocks that do nothing; the first block's input and the calls of all blocks."""
+        calls: list[Call] = []
+        inputs: list[Tensor] = []
+
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            inputs.append(hidden_states)
+            calls.append(Call(args, kwargs))
+            if len(calls) == self.blocks:
+                raise _AllBlocksSeen
+            return (hidden_states,) if self.family.block_returns == "tuple" else hidden_states
+
+        for block in self._blocks:
+            block.forward = record
+        try:
+            with torch.no_grad():
+                self.model.base_model(ids, use_cache=False)
+        except _AllBlocksSeen:
+            pass
+        finally:
+            for block in self._blocks:
+                del block.forward
+        return inputs[0], calls
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `prune.device` names; `auto` is CUDA where there is any.
+
+    Raises:
+        EsparseError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EsparseError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}",
+            where="prune.device",
+            fix="set prune.device to auto or cpu",
+        ) from error
+    return device
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Stored tensor name -> file."""
+    files = {}
+    for file in weight_files(path):
+        with safe_open(file, framework="pt") as tensors:
+            files.update(dict.fromkeys(tensors.keys(), file))
+    return files

@@ -1,0 +1,114 @@
+"""Permutations of input channels that make N:M pruning lose less (DESIGN section 5).
+
+A permutation is an int64 tensor π [K]: position p of the permuted order holds channel π[p], so x' = x[..., π]
+and W' = W[:, π]. It is chosen to raise the *kept score*: what the best N:M mask of the permuted scores keeps.
+
+Global naive shuffle. Channels are ranked by descending mean score and dealt out: with G = K/m groups, rank r
+goes to group r mod G, slot r div G, so that every group holds one channel of each rank band. (`sort` lays the
+ranked channels out contiguously, which makes groups of equals; it exists for the ablation.)
+
+Local block shuffle. Greedy swaps of channels inside blocks of consecutive positions: see `swap`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esparse_trt.recipe import PermuteSection
+from esparse_trt.sparsity.pattern import Pattern
+from esparse_trt.sparsity.swap import local_shuffle
+
+
+class Choice(NamedTuple):
+    """Permutations [..., K] after the global shuffle alone, and after the local one too."""
+
+    global_: Tensor
+    final: Tensor
+
+
+# --- algebra -------------------------------------------------------------------------------------------
+
+
+def identity(channels: int, device: torch.device | None = None) -> Tensor:
+    """The permutation that leaves everything in place."""
+    return torch.arange(channels, device=device)
+
+
+def is_identity(permutation: Tensor) -> bool:
+    """Whether nothing moves."""
+    return bool((permutation == identity(len(permutation), permutation.device)).all())
+
+
+def inverse(permutation: Tensor) -> Tensor:
+    """π⁻¹ with x[..., π][..., π⁻¹] = x; its entry c is the position of channel c under π."""
+    return torch.argsort(permutation)
+
+
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """The permutation that applies `first`, then `second`: x[..., first][..., second]; batched along [..., K]."""
+    return first.gather(-1, second)
+
+
+def by_head(permutations: Tensor, heads: int) -> Tensor:
+    """One permutation per KV head [G, D] -> π over all query heads [heads·D], equal within a KV group."""
+    groups, width = permutations.shape
+    shared = permutations.repeat_interleave(heads // groups, dim=0)
+    return (shared + torch.arange(heads, device=shared.device).unsqueeze(1) * width).flatten()
+
+
+# --- choosing --------------------------------------------------------------------------------------------
+
+
+def choose(scores: Tensor, pattern: Pattern, section: PermuteSection) -> Choice:
+    """Choose a permutation for each of B independent problems.
+
+    Args:
+        scores: [B, N, K], rows of every layer that reads the tensor, stacked; K a multiple of m.
+
+    Returns:
+        permutations [B, K].
+    """
+    start = _GLOBAL[section.global_](scores, pattern)
+    if section.local is None:
+        return Choice(start, start)
+    block = max(1, section.local.block // pattern.group) * pattern.group
+    return Choice(start, local_shuffle(scores, pattern, start, block=block, rounds=section.local.rounds))
+
+
+def choose_heads(
+    scores: Tensor, pattern: Pattern, section: PermuteSection, *, heads: int, kv_heads: int
+) -> Choice:
+    """Choose π [K] for a layer [N, K = heads·D] that reads attention output: only within heads, one per KV head.
+
+    The channels c of all query heads of a KV head come from the same value channel and move together, so
+    their scores are stacked. Identity where groups of m straddle heads.
+    """
+    rows, channels = scores.shape
+    width = channels // heads
+    if width % pattern.group:
+        unchanged = identity(channels, scores.device)
+        return Choice(unchanged, unchanged)
+    stacked = scores.view(rows, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3).flatten(1, 2)
+    choice = choose(stacked, pattern, section)
+    return Choice(by_head(choice.global_, heads), by_head(choice.final, heads))
+
+
+def none(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Identity for each problem."""
+    return identity(scores.shape[-1], scores.device).repeat(len(scores), 1)
+
+
+def sort(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Channels by descending mean score; among equals the lower channel first."""
+    return scores.mean(1, dtype=torch.float64).argsort(dim=-1, descending=True, stable=True)
+
+
+def deal(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Rank r goes to group r mod G, slot r div G."""
+    return sort(scores, pattern).unflatten(-1, (pattern.group, -1)).transpose(-1, -2).flatten(-2)
+
+
+_GLOBAL = {"deal": deal, "sort": sort, "none": none}

@@ -1,0 +1,149 @@
+"""The prune stage: calibrate and prune block by block, resumably, and write the sparse checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from esparse_trt.artifacts import BuildDir, PruneRecord
+from esparse_trt.checkpoint import check_weights, fingerprint, weight_files
+from esparse_trt.model import check_vocabulary, load_model, load_tokenizer, resolve
+from esparse_trt.progress import note, track
+from esparse_trt.recipe import PruneSection, Recipe, TextSelf
+from esparse_trt.sparsity.blockwise import BlockwiseModel, resolve_device
+from esparse_trt.sparsity.journal import Journal, save
+from esparse_trt.sparsity.pruner import Pruned, Pruner
+from esparse_trt.sparsity.save import require_space, write_checkpoint
+from esparse_trt.text import token_windows, tokens_sha256
+
+
+def prune_model(
+    path: Path,
+    windows: Tensor,
+    section: PruneSection,
+    *,
+    batch_size: int = 8,
+    trust_remote_code: bool = False,
+) -> Pruned:
+    """Prune a model without writing anything; may be called again and again on the same folder.
+
+    Args:
+        path: local Hugging Face folder of the dense model.
+        windows: int64 token ids [samples, length] of the calibration text.
+        section: the recipe's prune section; its device is used.
+        batch_size: sequences that pass through a block at a time.
+    """
+    model = BlockwiseModel(path, resolve_device(section.device), trust_remote_code=trust_remote_code)
+    pruner = Pruner(model, windows, section, batch_size)
+    if pruner.needs_shared:
+        pruner.shared = pruner.choose_shared()
+    pruned = Pruned()
+    for index in track(range(pruner.steps), "pruning"):
+        pruned.add(pruner.step(index))
+    return replace(pruned, layers=pruned.layers + pruner.dense_layers())
+
+
+def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
+    """Prune the recipe's model into `folder.checkpoint` and `folder.permutation`.
+
+    A run that was interrupted goes on at the block where it stopped, and ends with the same bytes.
+
+    Raises:
+        EsparseError: anything wrong with model, text, recipe, disk space, or a changed recipe on resuming.
+    """
+    trust = recipe.model.trust_remote_code
+    source = resolve(recipe.model, folder)
+    check_weights(source, trust_remote_code=trust)
+    source_sha256 = fingerprint(source)
+    model = BlockwiseModel(source, resolve_device(recipe.prune.device), trust_remote_code=trust)
+    tokenizer = load_tokenizer(recipe.model.tokenizer or source, trust_remote_code=trust)
+    check_vocabulary(tokenizer, model.config)
+    journal = Journal(folder.journal)
+    windows = _calibration_tokens(recipe, model, tokenizer, journal)
+    pruner = Pruner(model, windows, recipe.prune, recipe.calibration.batch_size)
+    require_space(folder.root, _bytes_needed(pruner) - journal.bytes())
+    journal.open(_fingerprint(recipe, source_sha256, model, windows))
+    if journal.tokens() is None:
+        journal.save_tokens(windows)
+    _run(pruner, journal)
+
+    masks = ((model.stored_name(f"{name}.weight"), mask) for name, mask in journal.masks())
+    write_checkpoint(source, folder.checkpoint, masks, tokenizer if recipe.model.tokenizer else None)
+    decided = journal.decided()
+    save(folder.permutation, decided.permutations)
+    layers = decided.layers + pruner.dense_layers()
+    journal.close()
+    return PruneRecord(
+        model_type=model.config.model_type,
+        parameters=sum(p.numel() for p in model.model.parameters()),
+        pruned_parameters=sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.pattern),
+        dtype=str(model.stored_dtype).removeprefix("torch."),
+        source_sha256=source_sha256,
+        calibration_sha256=tokens_sha256(windows),
+        calibration_tokens=windows.numel(),
+        device=str(model.device),
+        layers=layers,
+        channels=decided.channels,
+    )
+
+
+def _calibration_tokens(
+    recipe: Recipe, model: BlockwiseModel, tokenizer: PreTrainedTokenizerBase, journal: Journal
+) -> Tensor:
+    section = recipe.calibration
+    writer = None
+    if isinstance(section.text, TextSelf):
+        # Sampling is slow, so an interrupted run keeps what it sampled; whether the recipe has changed since is
+        # checked like everything else when the journal is opened.
+        if (stored := journal.tokens()) is not None:
+            return stored
+        trust = recipe.model.trust_remote_code
+        writer = load_model(model.path, model.dtype, model.device, trust_remote_code=trust)
+    return token_windows(
+        section.text,
+        tokenizer,
+        samples=section.samples,
+        length=section.length,
+        seed=section.seed,
+        model=writer,
+    )
+
+
+def _fingerprint(
+    recipe: Recipe, source_sha256: str, model: BlockwiseModel, windows: Tensor
+) -> dict[str, Any]:
+    """Everything that the pruned bytes depend on."""
+    return {
+        "prune": recipe.prune.model_dump(mode="json", by_alias=True, exclude={"device"}),
+        "calibration": recipe.calibration.model_dump(mode="json", by_alias=True),
+        "device": str(model.device),
+        "model_sha256": source_sha256,
+        "calibration_sha256": tokens_sha256(windows),
+    }
+
+
+def _bytes_needed(pruner: Pruner) -> int:
+    """The checkpoint, and the journal at its largest: a bit a weight, hidden states before and after a block."""
+    model = pruner.model
+    checkpoint = sum(file.stat().st_size for file in weight_files(model.path))
+    hidden = 0 if model.hidden is None else model.hidden.nbytes
+    return checkpoint + sum(p.numel() for p in model.model.parameters()) // 8 + 2 * hidden
+
+
+def _run(pruner: Pruner, journal: Journal) -> None:
+    """Take the steps that the journal does not have yet."""
+    if pruner.needs_shared and (stored := journal.shared()) is not None:
+        pruner.shared = stored
+    if pruner.needs_shared:
+        pruner.shared = pruner.choose_shared()
+        journal.save_shared(pruner.shared)
+    if journal.done:
+        note(f"pruning resumes after {journal.done} of {pruner.steps} steps")
+        if pruner.calibrated and journal.done < pruner.steps:
+            pruner.model.hidden = journal.hidden()
+    for index in track(range(journal.done, pruner.steps), "pruning"):
+        journal.write(index, pruner.step(index), pruner.model.hidden)

@@ -1,0 +1,91 @@
+"""How important each weight is: one function per method, listed in `SCORES`.
+
+With W [N, K] and calibration inputs X [T, K], a score is a non-negative matrix [N, K]; N:M pruning keeps the
+highest scores of each group along K. All of them are |W| times something that depends on the channel j only:
+
+    magnitude   |W_ij|
+    wanda       |W_ij| · ‖X_j‖₂                                                     (arXiv 2306.11695)
+    ria         (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · ‖X_j‖₂^½              (ICLR 2024, Plug-and-Play)
+    e_sparse    |W_ij| · (IR_j + α · RMS_j)                                         (arXiv 2310.15929)
+
+E-Sparse adds the information richness IR_j = −Σ_b p_bj ln p_bj, the entropy of channel j's histogram, to its
+amplitude. ‖X_j‖₂ grows with √T and the entropy does not, so the amplitude here is RMS_j = ‖X_j‖₂ / √T: the
+balance does not depend on how much text was read. The defaults of α and of the number of bins are our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esparse_trt.recipe import ScoreSection
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """What the scores know of a layer's inputs X [T, K]."""
+
+    norm: Tensor  # [K], ‖X_j‖₂
+    entropy: Tensor | None  # [K], nats; None where the method does not use it
+    tokens: int  # T
+
+
+ScoreFunction = Callable[[Tensor, ChannelStatistics, ScoreSection], Tensor]
+
+
+def score(weight: Tensor, statistics: ChannelStatistics | None, section: ScoreSection) -> Tensor:
+    """Score a weight [N, K] with the recipe's method; float32, or float64 where the weight is.
+
+    Args:
+        statistics: of the layer's inputs; None only where `needs_statistics` is false.
+    """
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    return SCORES[section.method](weight, statistics, section)  # type: ignore[arg-type]
+
+
+def needs_statistics(section: ScoreSection) -> bool:
+    """Whether the method looks at calibration inputs at all."""
+    return section.method != "magnitude"
+
+
+def needs_entropy(section: ScoreSection) -> bool:
+    """Whether the method needs histograms, and with them a second pass over the inputs."""
+    return section.method == "e_sparse" and section.entropy
+
+
+def magnitude(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
+    """|W_ij|."""
+    return weight.abs()
+
+
+def wanda(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
+    """|W_ij| · ‖X_j‖₂."""
+    return weight.abs() * statistics.norm.to(weight.dtype)
+
+
+def ria(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
+    """Relative importance and activations: the share of row and column, times ‖X_j‖₂^½."""
+    size = weight.abs()
+    tiny = torch.finfo(size.dtype).tiny  # a row or column of zeros has importance 0, not 0/0
+    columns, rows = size.sum(0).clamp_min(tiny), size.sum(1, keepdim=True).clamp_min(tiny)
+    return (size / columns + size / rows) * statistics.norm.to(size.dtype).sqrt()
+
+
+def e_sparse(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
+    """|W_ij| · (IR_j + α · RMS_j); without the entropy it ranks as Wanda does."""
+    channel = section.alpha * statistics.norm / statistics.tokens**0.5
+    if section.entropy:
+        assert statistics.entropy is not None
+        channel = channel + statistics.entropy
+    return weight.abs() * channel.to(weight.dtype)
+
+
+SCORES: dict[str, ScoreFunction] = {
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "ria": ria,
+    "e_sparse": e_sparse,
+}
