@@ -7,12 +7,12 @@
       <name>_text/config.pbtxt      text in, text out: tokenizer and KV-cache loop around the network
       <name>_text/1/                model.py, settings.json, tokenizer/
 
-Batching. Every input and output has the batch as its first dimension, so `max_batch_size` is positive and that
-dimension is left out of `dims`, as Triton wants: a request still sends `[batch, ...]`, and the server refuses
-batches that no profile takes. The alternative, `max_batch_size: 0` with all dimensions written out, would make
-the limit invisible and batching impossible. The dynamic batcher joins only requests whose other dimensions are
-all equal, thus never sequences whose caches differ in length. Triton takes tensors without elements, so the
-first request of a sequence sends an empty cache, `[batch, kv_heads, 0, head_dim]`.
+Batching. Every input and output has the batch as its first dimension, so `max_batch_size` is positive and
+that dimension is left out of `dims`, as Triton wants: a request still sends `[batch, ...]`, and the server
+refuses batches that no profile takes. The alternative, `max_batch_size: 0` with all dimensions written out,
+would make the limit invisible and batching impossible. The dynamic batcher joins only requests whose other
+dimensions are all equal, thus never sequences whose caches differ in length. Triton takes tensors without
+elements, so the first request of a sequence sends an empty cache, `[batch, kv_heads, 0, head_dim]`.
 
 The folder is written under another name and renamed, so that a server polling it never sees half of it.
 """
@@ -168,7 +168,7 @@ def _tensors(specs: list[TensorSpec]) -> list[dict[str, Any]]:
     for spec in specs:
         if not spec.shape or spec.shape[0] != "batch":
             raise EsparseError(
-                f"the first dimension of `{spec.name}` {spec.shape} is not the batch, so Triton cannot batch it",
+                f"the first dimension of `{spec.name}` {spec.shape} is not the batch, as Triton needs it",
                 where="sparse.onnx",
                 fix="run the build again --from export",
             )
@@ -205,7 +205,9 @@ def _write_text_model(
         "network": name,
         "inputs": [spec.name for spec in exported.inputs if not spec.name.startswith(PAST)],
         "cache": {
-            spec.name: [spec.shape[1], spec.shape[3]] for spec in exported.inputs if spec.name.startswith(PAST)
+            spec.name: [spec.shape[1], spec.shape[3]]
+            for spec in exported.inputs
+            if spec.name.startswith(PAST)
         },
         "cache_dtype": exported.dtype,
         "bos": tokenizer.bos_token_id,

@@ -21,7 +21,7 @@ from esparse_trt.errors import EsparseError
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
 
-OLDEST: dict[Flavour, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt_rtx": (1, 3)}
+OLDEST: dict[Flavour, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt_rtx": (1, 6)}
 TITLE: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 INSTALL: dict[Flavour, str] = {
     "tensorrt": "pip install 'esparse-trt[tensorrt]'",
@@ -50,17 +50,6 @@ class Choice:
     flavour: Flavour | None
     version: str | None
     skipped: str | None
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One line of `esparse-trt doctor`: what was found, what follows from it, what would change it."""
-
-    name: str
-    status: Literal["ok", "warning", "missing"]
-    detail: str
-    consequence: str
-    fix: str = ""
 
 
 @cache
@@ -173,30 +162,3 @@ def activate(flavour: Flavour) -> ModuleType:
             if held is not None and not isinstance(held, ModuleType):  # polygraphy.backend.trt is a module
                 module.trt = lazy_import_trt()  # type: ignore[attr-defined]
     return importlib.import_module(flavour)
-
-
-def probe() -> list[Fact]:
-    """What this machine has for the engine stage: GPU, both flavours, and the one that `auto` takes."""
-    gpu = find_gpu()
-    if isinstance(gpu, str):
-        facts = [
-            Fact("NVIDIA GPU", "warning", gpu, "engines are not run", "use a machine with an NVIDIA GPU")
-        ]
-    else:
-        major, minor = gpu.capability
-        detail = f"{gpu.name}, compute capability {major}.{minor}, {gpu.memory_gib:.0f} GiB, CUDA {gpu.cuda}"
-        facts = [Fact("NVIDIA GPU", "ok", detail, "engines are run where they can be")]
-    facts += [_probe_flavour(flavour) for flavour in TITLE]
-    choice = choose("auto")
-    if choice.flavour is None:
-        return [*facts, Fact("engines", "missing", "none can be built", choice.skipped or "", NEITHER)]
-    return [*facts, Fact("engines", "ok", f"{TITLE[choice.flavour]} {choice.version}", "builds the engines")]
-
-
-def _probe_flavour(flavour: Flavour) -> Fact:
-    reason = unusable(flavour)
-    if reason is None:
-        return Fact(TITLE[flavour], "ok", str(installed_version(flavour)), "can build engines here")
-    if find_spec(flavour) is None:
-        return Fact(TITLE[flavour], "missing", "not installed", "builds no engines", INSTALL[flavour])
-    return Fact(TITLE[flavour], "warning", reason, "builds no engines", INSTALL[flavour])

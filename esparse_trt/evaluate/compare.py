@@ -80,7 +80,9 @@ def verify(
         CheckFailed: a tensor holds NaN or Inf, so that there is nothing to record; names it.
     """
     source = models.resolve(recipe.model, folder)
-    tokenizer = models.load_tokenizer(recipe.model.tokenizer or source)
+    tokenizer = models.load_tokenizer(
+        recipe.model.tokenizer or source, trust_remote_code=recipe.model.trust_remote_code
+    )
     dense = Subject("dense", source, folder.dense_onnx, as_stored)
     sparse = Subject(
         "sparse", folder.checkpoint, folder.sparse_onnx, partial(undo, load_plan(folder.fold_plan))
@@ -158,7 +160,7 @@ def _short_text(
         what = "a window of the calibration text"
     else:
         generator = torch.Generator().manual_seed(recipe.calibration.seed)
-        ids, what = torch.randint(len(tokenizer), (1, _TOKENS), generator=generator), "random tokens"
+        ids, what = torch.randint(tokenizer.vocab_size, (1, _TOKENS), generator=generator), "random tokens"
     return ids, f"{what}: prefill of {ids.shape[1] - 1} tokens, then 1 decode step"
 
 
@@ -211,12 +213,14 @@ def _save_for_polygraphy(folder: Path, exported: ExportRecord, ids: Tensor, step
 
     Not the cache: sparse.onnx has it in a folded order, and comparing that by name would mislead.
     """
-    folder.mkdir(exist_ok=True)
-    save_json([_feed(exported, ids)], str(folder / "inputs.json"), "inference input data")
     results = RunResults()
     for path, item in steps.items():
         results.add([{"logits": item.prefill["logits"]}], runner_name=path.name)
-    results.save(str(folder / "outputs.json"))
+    folder.mkdir(exist_ok=True)
+    for name, content in {"inputs.json": [_feed(exported, ids)], "outputs.json": results}.items():
+        temporary = folder / f".{name}.tmp"
+        save_json(content, str(temporary))
+        temporary.replace(folder / name)
 
 
 # --- 2. fidelity -----------------------------------------------------------------------------------------

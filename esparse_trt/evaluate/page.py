@@ -12,6 +12,7 @@ from markupsafe import Markup
 from esparse_trt.evaluate import plots
 
 if TYPE_CHECKING:
+    from esparse_trt.artifacts import Comparison
     from esparse_trt.evaluate.report import Report
 
 
@@ -50,14 +51,21 @@ def _plots(facts: Report) -> dict[str, Markup]:
     drawn: dict[str, str] = {}
     errors = {row.name: row.error for row in facts.layers if row.error and row.block is not None}
     if errors:
-        drawn["error"] = plots.error_by_layer(facts.layers, errors)
+        drawn["error"] = plots.error_by_layer(facts.layers, errors, _block_errors(facts))
     if any(row.kept and row.block is not None for row in facts.layers):
         drawn["kept"] = plots.kept_by_layer(facts.layers)
     for number, profile in enumerate(facts.prune.channels if facts.prune else []):
         drawn[f"channels-{number}"] = plots.channels(profile, number)
     if facts.ablation and facts.ablation.rows:
         drawn["ablation"] = plots.ablation(facts.ablation)
-    return {name: Markup(svg) for name, svg in drawn.items()}  # noqa: S704 - made by us, text escaped by matplotlib
+    return {name: Markup(svg) for name, svg in drawn.items()}  # matplotlib escapes text
+
+
+def _block_errors(facts: Report) -> dict[int, Comparison]:
+    """Dense against sparse at the output of each decoder block, which is no linear layer."""
+    linear = {row.name for row in facts.layers}
+    compared = facts.verify.layers if facts.verify else []
+    return {item.block: item for item in compared if item.block is not None and item.name not in linear}
 
 
 def _checks(facts: Report) -> list[Check]:
@@ -68,12 +76,13 @@ def _checks(facts: Report) -> list[Check]:
         text = f"logits before and after folding differ by {tiny(worst)}; {_folded(facts)}"
         checks.append(Check("Folding", True, text))
     else:
-        checks.append(Check("Folding", None, "stage `fold` has not run"))
+        checks.append(Check("Folding", None, "stage fold has not run"))
     if facts.certify:
-        text = f"{plural(len(facts.certify.tensors), 'tensor')} checked: {facts.certify.pattern} along K as stored"
+        tensors = plural(len(facts.certify.tensors), "tensor")
+        text = f"{tensors} checked: {facts.certify.pattern} along K as stored"
         checks.append(Check("Certificate", True, text))
     else:
-        checks.append(Check("Certificate", None, "stage `certify` has not run"))
+        checks.append(Check("Certificate", None, "stage certify has not run"))
     if facts.verify:
         for item in facts.verify.fidelity:
             where = "" if item.passed else f"; first over its limit: {item.first_divergence}"
@@ -83,12 +92,12 @@ def _checks(facts: Report) -> list[Check]:
             )
             checks.append(Check("Fidelity", item.passed, text))
     else:
-        checks.append(Check("Fidelity", None, "stage `verify` has not run"))
+        checks.append(Check("Fidelity", None, "stage verify has not run"))
     if facts.verify and facts.verify.gate is not None:
         text = f"perplexity ratio at most {fixed(facts.verify.gate, 3)}"
         checks.append(Check("Quality gate", facts.verify.gate_passed, text))
     else:
-        reason = "the recipe sets none" if facts.verify else "stage `verify` has not run"
+        reason = "the recipe sets none" if facts.verify else "stage verify has not run"
         checks.append(Check("Quality gate", None, reason))
     checks.append(_engine_check(facts))
     return checks
@@ -102,7 +111,7 @@ def _folded(facts: Report) -> str:
 
 def _engine_check(facts: Report) -> Check:
     if facts.engine is None:
-        return Check("Engines", None, "stage `engine` has not run")
+        return Check("Engines", None, "stage engine has not run")
     if facts.engine.skipped:
         return Check("Engines", None, facts.engine.skipped)
     built = ", ".join(

@@ -10,7 +10,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from statistics import fmean
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -26,7 +28,7 @@ SERIES = tuple(f"#0a0b0{i}" for i in range(1, 7))
 _PROPERTIES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {
     colour: f"--series-{i}" for i, colour in enumerate(SERIES, 1)
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the font of the page
     "path.simplify": False,  # would drop the zero-length strokes that `_dots` draws
     "font.size": 9.5,
@@ -56,29 +58,32 @@ _STYLE = {
 }
 
 
-def error_by_layer(layers: Sequence[LayerRecord], errors: dict[str, Comparison]) -> str:
-    """Relative L2 error of each layer's output over the blocks: a dot a layer, a line through each site's mean.
+def error_by_layer(
+    layers: Sequence[LayerRecord], errors: dict[str, Comparison], blocks: dict[int, Comparison]
+) -> str:
+    """Relative L2 error of each layer's output by block: a dot a layer, a line through the mean of each site.
 
     Args:
         layers: the linear layers in model order.
         errors: dense against sparse, by module name; layers without an entry are not drawn.
+        blocks: the same for the outputs of whole decoder blocks, by index.
     """
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for number, (site, rows) in enumerate(_by_site(layers).items()):
-            found = [(row.block, errors[row.name].relative_l2) for row in rows if row.name in errors]
+            found = _by_block(rows, lambda row: errors[row.name].relative_l2 if row.name in errors else None)
             colour = SERIES[number % len(SERIES)]
-            _dots(axes, [x for x, _ in found], [y for _, y in found], colour, size=4.0)
-            blocks = sorted({x for x, _ in found})
-            axes.plot(
-                blocks, [fmean(y for x, y in found if x == b) for b in blocks], color=colour, label=site
-            )
+            dots = [(block, value) for block, values in found.items() for value in values]
+            _dots(axes, [x for x, _ in dots], [y for _, y in dots], colour, size=4.0)
+            axes.plot(list(found), [fmean(values) for values in found.values()], color=colour, label=site)
+        residual = [blocks[block].relative_l2 for block in sorted(blocks)]
+        axes.plot(sorted(blocks), residual, color=INK, lw=2.2, ls=(0, (1, 1.2)), label="whole block")
         axes.set_ylim(bottom=0)
         _label(axes, "decoder block", "relative L2 error")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=8, handlelength=1.2, columnspacing=1.4)
 
-    return _svg("error-by-layer", (WIDTH, 3.3), draw)
+    return _svg("error", (WIDTH, 3.3), draw)
 
 
 def kept_by_layer(layers: Sequence[LayerRecord]) -> str:
@@ -93,13 +98,9 @@ def kept_by_layer(layers: Sequence[LayerRecord]) -> str:
                 ("global_", "+ global shuffle", SERIES[1], 1.6),
                 ("final", "+ local shuffle", SERIES[0], 1.6),
             ):
-                blocks = sorted({row.block for row in rows if row.block is not None})
-                means = [
-                    fmean(getattr(row.kept, field) for row in rows if row.block == block) for block in blocks
-                ]
-                axes.plot(
-                    blocks, means, color=colour, lw=width, label=label, marker="o", ms=2.5, markeredgewidth=0
-                )
+                found = _by_block(rows, attrgetter(f"kept.{field}"))
+                means = [fmean(values) for values in found.values()]
+                axes.plot(list(found), means, color=colour, lw=width, label=label, marker="o", ms=2.5, mew=0)
             axes.set_title(site)
             _label(axes, "decoder block", "")
         panels[0].set_ylabel("kept share of score")
@@ -107,11 +108,11 @@ def kept_by_layer(layers: Sequence[LayerRecord]) -> str:
             *panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, handlelength=1.2
         )
 
-    return _svg("kept-by-layer", (WIDTH, 3.0), draw)
+    return _svg("kept", (WIDTH, 3.0), draw)
 
 
 def channels(profile: ChannelProfile, number: int) -> str:
-    """Score (and entropy, where the score uses it) of the channels of one site, before and after the shuffle."""
+    """Score (and entropy, where the score uses it) of one site's channels, before and after the shuffle."""
     rows = [("mean score", profile.score, SERIES[0])]
     if profile.entropy is not None:
         rows.insert(0, ("entropy, nats", profile.entropy, SERIES[1]))
@@ -119,8 +120,9 @@ def channels(profile: ChannelProfile, number: int) -> str:
     def draw(figure: Figure) -> None:
         panels = figure.subplots(len(rows), 2, sharey="row", sharex="col", squeeze=False)
         for line, (label, values, colour) in zip(panels, rows, strict=True):
-            _dots(line[0], profile.channels, values, colour, size=2.6)
-            _dots(line[1], profile.position, values, colour, size=2.6)
+            for axes, order in zip(line, (profile.channels, profile.position), strict=True):
+                _dots(axes, order, values, colour, size=2.6)
+                _local_means(axes, order, values)
             line[0].set_ylabel(label)
         panels[0][0].set_title("before: original order")
         panels[0][1].set_title("after: order of the mask's groups")
@@ -159,6 +161,18 @@ def _by_site(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
     return sites
 
 
+def _by_block(
+    rows: Sequence[LayerRecord], value: Callable[[LayerRecord], float | None]
+) -> dict[int, list[float]]:
+    """A figure of the layers of one site, by block; layers that do not have it are left out."""
+    blocks: dict[int, list[float]] = {}
+    for row in rows:
+        found = value(row)
+        if row.block is not None and found is not None:
+            blocks.setdefault(row.block, []).append(found)
+    return dict(sorted(blocks.items()))
+
+
 def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -173,6 +187,16 @@ def _dots(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, size:
     axes.plot(xs, ys, color=colour, lw=size, alpha=0.55, solid_capstyle="round")
 
 
+def _local_means(axes: Axes, x: Sequence[int], y: Sequence[float], parts: int = 32) -> None:
+    """A line through the means of `parts` equal stretches of x: level where strong channels are spread."""
+    width = (max(x) + 1) / parts
+    stretches: dict[int, list[float]] = {}
+    for position, value in zip(x, y, strict=True):
+        stretches.setdefault(int(position / width), []).append(value)
+    middles = [(part + 0.5) * width for part in sorted(stretches)]
+    axes.plot(middles, [fmean(stretches[part]) for part in sorted(stretches)], color=INK, lw=1.1, alpha=0.8)
+
+
 def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
     """Draw a figure of `size` inches and return an `<svg>` element that takes its colours from the page."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
@@ -184,8 +208,10 @@ def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Tenths of a pixel are fine enough for paths.
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)
     svg = re.sub(r'(id="|"#|url\(#)', rf"\g<1>{name}-", svg)  # several drawings share one document
-    svg = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     for colour, name_of_property in _PROPERTIES.items():
         svg = svg.replace(colour, f"var({name_of_property})")
     return svg.replace("<svg ", f'<svg class="plot" role="img" aria-labelledby="{name}-caption" ', 1).strip()

@@ -6,7 +6,7 @@ again at any time. What a partial build lacks is named as missing; nothing is fi
 
 from __future__ import annotations
 
-from math import ceil, log2
+from math import ceil, exp, log2
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
@@ -25,6 +25,7 @@ from esparse_trt.artifacts import (
     PruneRecord,
     Record,
     ReportRecord,
+    TaskLevel,
     VerifyRecord,
     write_atomic,
 )
@@ -44,6 +45,9 @@ class Headline(Record):
     dense_perplexity: float | None = None
     sparse_perplexity: float | None = None
     perplexity_ratio: float | None = Field(None, description="sparse / dense")
+    perplexity_ratio_ci95: tuple[float, float] | None = Field(
+        None, description="95 % confidence interval of the ratio, paired over evaluation windows"
+    )
     kl_divergence: float | None = Field(None, description="mean KL(dense || sparse), nats per token")
     top1_agreement: float | None = Field(None, description="share of positions with the same first token")
     layers: int | None = Field(None, description="linear layers of the model")
@@ -58,8 +62,8 @@ class Headline(Record):
     )
     packed_bytes_estimate: int | None = Field(
         None,
-        description="computed, not written: sparse.onnx if every pruned layer kept only its nonzeros and their "
-        "positions",
+        description="computed, not written: sparse.onnx if the pruned layers were stored as nonzeros and "
+        "their positions",
     )
     certified_tensors: int | None = None
     fidelity_passed: bool | None = None
@@ -81,7 +85,7 @@ class StageTime(Record):
 
 
 class Report(Record):
-    """`report.json`. `headline` and `layers` are derived; the records below them are what the stages reported."""
+    """`report.json`. `headline` and `layers` are derived; the records after them are those of the stages."""
 
     schema_version: Literal[1]
     title: str
@@ -221,14 +225,22 @@ def _headline(
                 "dense_perplexity": task.dense_perplexity,
                 "sparse_perplexity": task.sparse_perplexity,
                 "perplexity_ratio": task.ratio,
+                "perplexity_ratio_ci95": _interval(task),
                 "kl_divergence": task.kl_divergence,
                 "top1_agreement": task.top1_agreement,
             }
     return Headline(**facts)
 
 
+def _interval(task: TaskLevel) -> tuple[float, float] | None:
+    """Confidence interval of the perplexity ratio, from that of its logarithm."""
+    if task.ln_ratio_ci95 is None:
+        return None
+    return task.ratio * exp(-task.ln_ratio_ci95), task.ratio * exp(task.ln_ratio_ci95)
+
+
 def _saved_by_packing(pruned: PruneRecord, item: int) -> int:
-    """Bytes that the pruned layers would save with n values of `item` bytes and n positions per group of m."""
+    """Bytes saved if the pruned layers were n values of `item` bytes and n positions per group of m."""
     saved = 0.0
     for layer in pruned.layers:
         if layer.pattern:

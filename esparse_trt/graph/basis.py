@@ -1,9 +1,10 @@
 """Changes of basis of tensors: the algebra that folding rests on.
 
-A permutation that stands in a graph as `y = Gather(x, π, axis)` costs nothing if `x` is *computed* in permuted
-order. Then every tensor that `x` is tied to changes basis: `t'[.., c, ..] = t[.., π[c], ..]`. Behind a split into
-heads the table depends on the head, `t'[h, c] = t[h, π_h[c]]`, and in a fused qkv projection also on which of
-q, k, v it is. `Basis` is exactly this: one axis that is permuted, a table that may depend on other axes.
+A permutation that stands in a graph as `y = Gather(x, π, axis)` costs nothing if `x` is *computed* in
+permuted order. Then every tensor that `x` is tied to changes basis: `t'[.., c, ..] = t[.., π[c], ..]`.
+Behind a split into heads the table depends on the head, `t'[h, c] = t[h, π_h[c]]`, and in a fused qkv
+projection also on which of q, k, v it is. `Basis` is exactly this: one axis that is permuted, a table that
+may depend on other axes.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Basis:
     Attributes:
         axis: the permuted axis.
         by: the axes that the table depends on, ascending, never containing `axis`.
-        table: int64, one axis for each of `by`, then the permuted one; every row is a permutation. Along a `by`
-            axis of symbolic size (batch x heads merged) the table repeats with its own length as period.
+        table: int64, one axis for each of `by`, then the permuted one; every row is a permutation. Along a
+            `by` axis of symbolic size (batch x heads merged) it repeats with its own length as period.
     """
 
     axis: int
@@ -63,7 +64,7 @@ def make_basis(axis: int, by: Sequence[int], table: Table) -> Basis | None:
     table = np.transpose(table, (*order, table.ndim - 1))
     kept: list[int] = []
     for axis_by in sorted(by):
-        first = table.take(0, axis=len(kept))
+        first: Table = np.take(table, 0, axis=len(kept))
         if np.array_equal(table, np.broadcast_to(np.expand_dims(first, len(kept)), table.shape)):
             table = first
         else:
@@ -150,7 +151,7 @@ def reshape_basis(basis: Basis, source: Shape, target: Shape) -> Basis | None:
     sizes = dict(zip((*basis.by, basis.axis), basis.table.shape, strict=True))
     if not all(isinstance(source[a], int) for a in block.source):
         raise Refused("is reshaped together with an axis of unknown size")
-    # Lay the table out over all axes of the blocks it touches: [axes of other blocks.., axes of this block..].
+    # Lay the table out over all axes of the blocks it touches: [those of other blocks.., of this block..].
     others = [b for b in blocks if b is not block and set(b.source) & set(basis.by)]
     parts = [_periodic_axes(b, source, target, sizes) for b in others]
     outer = [axis for axes, _, _ in parts for axis in axes]
@@ -273,7 +274,7 @@ def narrow(basis: Basis, axis: int, start: int, stop: int, *, squeezed: bool) ->
         position = by.index(axis)
         table = table.take(range(start, stop), axis=position)
         if squeezed:
-            table = table.take(0, axis=position)
+            table = np.take(table, 0, axis=position)
             by.remove(axis)
     shift = (lambda a: a - (a > axis)) if squeezed else (lambda a: a)
     return make_basis(shift(basis.axis), [shift(b) for b in by], table)

@@ -1,10 +1,11 @@
 """Finding everything that must change basis together so that one explicit permutation can go.
 
-Starting at the input of a Gather(π), the change of basis π is carried over every operator that touches the tensor,
-to its producer and its consumers alike, until it is absorbed: by the weights on either side. Initializers are
-tensors like any other here, so one that is shared with a distant part of the graph (a tied embedding) either takes
-that part along or makes it refuse. Explicit permutations are where the flood stops: x' = x[b] and y' = y[c] turn
-y = x[g] into y' = x'[b⁻¹[g[c]]], and the Gather vanishes if that is the identity.
+Starting at the input of a Gather(π), the change of basis π is carried over every operator that touches the
+tensor, to its producer and its consumers alike, until it is absorbed: by the weights on either side.
+Initializers are tensors like any other here, so one that is shared with a distant part of the graph (a tied
+embedding) either takes that part along or makes it refuse. Explicit permutations are where the flood stops:
+x' = x[b] and y' = y[c] turn y = x[g] into y' = x'[b⁻¹[g[c]]], and the Gather vanishes if that is the
+identity.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import numpy as np
 from onnx import NodeProto
 
 from esparse_trt.graph.basis import Basis, Refused, Table
+from esparse_trt.graph.carry import carry_over
 from esparse_trt.graph.feeds import PAST, PRESENT
 from esparse_trt.graph.graph import OnnxGraph, attribute
-from esparse_trt.graph.signature import Node, carry_over
+from esparse_trt.graph.signature import Node
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def flood(
     spread.assign(site.input, Basis(rank - 1, (), site.table), f"{start!r}")
     spread.run()
     _check_cache(graph, spread.bases)
-    gone, left = [], []
+    gone: list[str] = []
+    left: list[str] = []
     for name, other in permutations.items():
         if other.input in spread.bases or other.output in spread.bases:
             (gone if _vanishes(graph, other, spread.bases) else left).append(name)
@@ -151,7 +154,8 @@ class _Spread:
             slots = [slot for slot, name in node.slots.items() if name == tensor]
             if not slots:
                 raise Refused(f"is read inside the operator {proto.op_type}")
-            carried = [item for slot in slots for item in carry_over(node, slot, basis)]
+            known = {slot: self.bases.get(name, {}).values() for slot, name in node.slots.items()}
+            carried = [item for slot in slots for item in carry_over(node, slot, basis, known)]
         except Refused as reason:
             raise Refused(f"{reason} (at {where})") from None
         for slot, other in carried:

@@ -1,8 +1,8 @@
 """The fold stage: explicit permutations become changes of basis of the weights around them.
 
-`explicit.onnx` is correct by construction and pays a Gather for every permutation. Here each of them is flooded
-(`flood.py`): if the weights on all sides can take the permutation up, they are reordered and the Gather goes;
-if not, it stays and `fold_plan.json` says why. The result is proved equal by running it.
+`explicit.onnx` is correct by construction and pays a Gather for every permutation. Here each of them is
+traced to all weights around it (`flood.py`): if they can take the permutation up, they are reordered and the
+Gather goes; if not, it stays and `fold_plan.json` says why. The result is proved equal by running it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from onnx import ModelProto
 
 from esparse_trt.artifacts import BuildDir, ExportRecord, FoldRecord, write_atomic
 from esparse_trt.graph.basis import Basis, Refused, change_basis
+from esparse_trt.graph.carry import carry_over
 from esparse_trt.graph.feeds import PAST, PRESENT
-from esparse_trt.graph.flood import Flood, Permutation, explicit_permutations, flood
+from esparse_trt.graph.flood import Flood, explicit_permutations, flood
 from esparse_trt.graph.graph import OnnxGraph, write_model
 from esparse_trt.graph.plan import FoldedGroup, FoldPlan, TensorBasis
 from esparse_trt.graph.proof import LIMITS, compare, example_feeds, outputs
-from esparse_trt.graph.signature import Node, Slot, carry_over, reduction_axis
+from esparse_trt.graph.signature import Node, Slot, reduction_axis
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe
 from esparse_trt.sparsity.pattern import Pattern, conforming_share
@@ -131,7 +132,7 @@ def make_plan(graph: OnnxGraph, folding: Folding, exported: ExportRecord) -> Fol
 
 
 def folded_model(graph: OnnxGraph, folding: Folding) -> ModelProto:
-    """The graph without the superfluous Gather nodes and their indices; its weights are still the old ones."""
+    """The graph without the superfluous Gather nodes and their indices; its weights are yet to be written."""
     gone = {name for found in folding.floods for name in found.gathers}
     model = ModelProto()
     model.CopyFrom(graph.model)
@@ -166,7 +167,7 @@ def _dense_permuted(
     for site in explicit_permutations(graph, exported.gathers).values():
         basis = Basis(len(graph.shapes[site.output]) - 1, (), site.table)
         for node in (Node(graph, consumer) for consumer in graph.consumers[site.output]):
-            for slot, carried in carry_over(node, Slot("in", 0), basis):
+            for slot, carried in carry_over(node, Slot("in", 0), basis, {}):
                 explicit.bases[node.slots[slot]] = [carried]
 
     def read(name: str) -> NDArray:

@@ -1,15 +1,16 @@
 """An ONNX file as a graph: who makes and who reads each tensor, its shape, and weights read one at a time.
 
-Only the structure is in memory; tensors in external data are read when asked for, and `write_model` writes them
-one by one, so that neither needs more memory than the largest tensor, whatever the size of the model.
+Only the structure is in memory; tensors in external data are read when asked for, and `write_model` writes
+them one by one, so that neither needs more memory than the largest tensor, whatever the size of the model.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -56,7 +57,7 @@ class OnnxGraph:
         self.initializers: dict[str, TensorProto] = {t.name: t for t in graph.initializer}
         self.inputs = [v.name for v in graph.input if v.name not in self.initializers]
         self.outputs = [v.name for v in graph.output]
-        self.shapes = _shapes(self.model)
+        self.shapes = _shapes(self.model, path)
         self.producers: dict[str, NodeProto] = {name: n for n in graph.node for name in n.output if name}
         self.consumers: dict[str, list[NodeProto]] = {}
         for node in graph.node:
@@ -117,8 +118,15 @@ def _load(path: Path) -> ModelProto:
     return model
 
 
-def _shapes(model: ModelProto) -> dict[str, Shape]:
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+def _shapes(model: ModelProto, path: Path) -> dict[str, Shape]:
+    try:
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except onnx.shape_inference.InferenceError as error:
+        raise EsparseError(
+            f"shapes in the ONNX file contradict each other: {error}",
+            where=path,
+            fix="export the model again",
+        ) from error
     shapes: dict[str, Shape] = {}
     for value in (*graph.input, *graph.output, *graph.value_info):
         tensor = value.type.tensor_type
@@ -159,8 +167,8 @@ def read_tensor(tensor: TensorProto, model: Path) -> NDArray:
         ) from error
     if values.size != count:
         raise EsparseError(
-            f"{tensor.name!r} needs {count * dtype.itemsize} bytes at offset {info.offset or 0}, but the file "
-            f"has {path.stat().st_size} bytes",
+            f"{tensor.name!r} needs {count * dtype.itemsize} bytes at offset {info.offset or 0}, but the "
+            f"file has {path.stat().st_size} bytes",
             where=path,
             fix="the file was cut short: copy it or export the model again",
         )
@@ -170,7 +178,7 @@ def read_tensor(tensor: TensorProto, model: Path) -> NDArray:
 def write_model(model: ModelProto, read: Callable[[str], NDArray], path: Path) -> int:
     """Write a model with all its larger tensors in one file `<name>.data` beside it.
 
-    Both are written under temporary names, flushed, and renamed; the data first, since the model refers to it.
+    Both are written under temporary names and renamed; the data first, since the model refers to it.
 
     Args:
         model: the graph; its initializers give the names and are overwritten.
@@ -182,31 +190,39 @@ def write_model(model: ModelProto, read: Callable[[str], NDArray], path: Path) -
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(f"{path.name}.data")
-    part, part_data = (p.with_name(f".{p.name}.tmp") for p in (path, data))
-    with open(part_data, "wb") as file:
+    with _replacing(data) as file:
         for tensor in model.graph.initializer:
-            values = np.ascontiguousarray(read(tensor.name))
-            name, doc = tensor.name, tensor.doc_string
-            if values.nbytes < _INLINE_BYTES:
-                tensor.CopyFrom(numpy_helper.from_array(values, name))
-                tensor.doc_string = doc
-                continue
-            offset = file.seek(-(-file.tell() // _PAGE) * _PAGE)
-            file.write(values.view(np.uint8).reshape(-1).data)
-            data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-            tensor.CopyFrom(TensorProto(name=name, data_type=data_type, dims=values.shape, doc_string=doc))
-            tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", data.name), ("offset", offset), ("length", values.nbytes)):
-                tensor.external_data.add(key=key, value=str(value))
-        _flush(file)
-    with open(part, "wb") as file:
+            _store(tensor, np.asarray(read(tensor.name), order="C"), file, data.name)
+    with _replacing(path) as file:
         file.write(model.SerializeToString())
-        _flush(file)
-    os.replace(part_data, data)
-    os.replace(part, path)
     return path.stat().st_size + data.stat().st_size
 
 
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _store(tensor: TensorProto, values: NDArray, file: BinaryIO, location: str) -> None:
+    """Give an initializer its values: in the model if they are few, else at the end of `file`."""
+    name, doc = tensor.name, tensor.doc_string
+    if values.nbytes < _INLINE_BYTES:
+        tensor.CopyFrom(numpy_helper.from_array(values, name))
+        tensor.doc_string = doc
+        return
+    offset = file.seek(-(-file.tell() // _PAGE) * _PAGE)
+    file.write(values.view(np.uint8).reshape(-1).data)
+    data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    tensor.CopyFrom(TensorProto(name=name, data_type=data_type, dims=values.shape, doc_string=doc))
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", values.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` that takes its place when the block succeeds and its data is on disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from esparse_trt.graph.basis import Basis, change_basis
 
 
 class TensorBasis(Record):
-    """`t'[.., c, ..] = t[.., table[c], ..]` along `axis`; the table may depend on the index along other axes."""
+    """`t'[.., c, ..] = t[.., table[c], ..]` along `axis`; the table may depend on the index in other axes."""
 
     axis: int
     by: list[int] = Field(description="axes that the table depends on, such as the KV head; usually empty")

@@ -28,8 +28,8 @@ def example_feeds(inputs: list[TensorSpec], vocab: int) -> list[Tensors]:
 def outputs(path: Path, feeds: Sequence[Tensors]) -> list[Tensors]:
     """All outputs of a model for each feed.
 
-    The weights stay where they are on disk, mapped: without constant folding and prepacking the runtime makes no
-    second copy of them, in fp32 for a CPU that has no fp16, that would outgrow the model itself.
+    The weights stay where they are on disk, mapped: without constant folding and prepacking the runtime makes
+    no second copy of them, in fp32 for a CPU that has no fp16, that would outgrow the model itself.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

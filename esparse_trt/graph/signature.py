@@ -1,22 +1,21 @@
-"""How a change of basis of one tensor of an operator carries over to the others: a table of signatures.
+"""What operators do to the axes of their operands: a table of einsum-like signatures.
 
-Most operators commute with permutations of most of their axes, and an einsum-like signature says all there is to
-know: `MatMul` is `bik, bkj -> bij`. If the axis with label `k` of one operand is permuted, then so must be every
-axis with that label, and nothing else changes; a label that no output has is contracted and absorbs the
-permutation. `OPAQUE` marks axes where order matters (the axis of a Concat), None those of size 1 that are
-broadcast. Two kinds of operators need more than labels: Reshape, and those that cut an axis into parts (Split,
-Slice, Concat, Gather at one index). An operator that is not in the table refuses.
+Most operators commute with permutations of most of their axes, and labels on the axes say all there is to
+know: `MatMul` is `bmk, bkn -> bmn`. If an axis with label `k` is permuted in one operand, then every axis
+with that label must be, and nothing else changes; a label that no output has is contracted and absorbs the
+permutation. `OPAQUE` marks axes in which the order matters (that of a Concat), None axes of size 1 that are
+broadcast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
 from onnx import NodeProto
 
-from esparse_trt.graph.basis import Basis, Refused, Shape, make_basis, narrow, reshape_basis, widen
+from esparse_trt.graph.basis import Refused, Shape
 from esparse_trt.graph.graph import OnnxGraph, attribute
 
 OPAQUE = "order matters"
@@ -125,7 +124,7 @@ def _reduce(node: Node) -> Signature:
 
 
 def _normalization(node: Node) -> Signature:
-    """Softmax and norms: elementwise, but through a statistic (sum, mean, ..) that lacks the normalized axes."""
+    """Softmax and norms: elementwise, but through a statistic (sum, mean) that lacks the normalized axes."""
     if any(slot.side == "out" and slot.number for slot in node.slots):
         raise Refused("reaches a normalization with more than one output")
     rank = len(node.shape(OUT))
@@ -204,16 +203,19 @@ def _shape_only(node: Node) -> Signature:
     return {IN: tuple(range(len(node.shape(IN))))}
 
 
-_ELEMENTWISE = """Abs Add And Cast CastLike Ceil Clip Cos Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual
-HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or
-Pow Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub Sum Swish Tanh ThresholdedRelu Where
-Xor""".split()
-_REDUCTIONS = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare".split()
+_ELEMENTWISE = (
+    "Abs Add And Cast CastLike Ceil Clip Cos Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual "
+    "HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg "
+    "Not Or Pow Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub Sum Swish Tanh "
+    "ThresholdedRelu Where Xor"
+)
+_REDUCTIONS = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
+_NORMALIZATIONS = "Softmax LogSoftmax LayerNormalization RMSNormalization"
 
 _SIGNATURES: dict[str, Callable[[Node], Signature]] = {
-    **dict.fromkeys(_ELEMENTWISE, _broadcast),
-    **dict.fromkeys((f"Reduce{name}" for name in _REDUCTIONS), _reduce),
-    **dict.fromkeys(("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"), _normalization),
+    **dict.fromkeys(_ELEMENTWISE.split(), _broadcast),
+    **{f"Reduce{name}": _reduce for name in _REDUCTIONS.split()},
+    **dict.fromkeys(_NORMALIZATIONS.split(), _normalization),
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Transpose": _transpose,
@@ -230,142 +232,15 @@ _SIGNATURES: dict[str, Callable[[Node], Signature]] = {
 }
 
 
-# --- operators that cut an axis ------------------------------------------------------------------------
-
-
-class Cut(NamedTuple):
-    """A tensor and the parts [start, stop) of one of its axes; Gather at one index also drops the axis."""
-
-    whole: Slot
-    axis: int
-    parts: dict[Slot, tuple[int, int]]
-    squeezed: bool = False
-
-
-def _split(node: Node) -> Cut | None:
-    axis = node.attribute("axis", 0) % len(node.shape(IN))
-    return _consecutive(node, IN, axis, [slot for slot in node.slots if slot.side == "out"])
-
-
-def _concat(node: Node) -> Cut | None:
-    axis = node.attribute("axis", 0) % len(node.shape(OUT))
-    return _consecutive(node, OUT, axis, [slot for slot in node.slots if slot.side == "in"])
-
-
-def _consecutive(node: Node, whole: Slot, axis: int, slots: list[Slot]) -> Cut | None:
-    parts, start = {}, 0
-    for slot in slots:
-        size = node.shape(slot)[axis]
-        if not isinstance(size, int):
-            return None
-        parts[slot] = (start, start + size)
-        start += size
-    return Cut(whole, axis, parts)
-
-
-def _slice(node: Node) -> Cut | None:
-    shape = node.shape(IN)
-    axes = node.integers(3, "axes")
-    if axes is None or len(axes) != 1 or node.integers(4, "steps") not in (None, [1]):
-        return None
-    axis = axes[0] % len(shape)
-    size, starts, stops = shape[axis], _known(node, 1), _known(node, 2)
-    if not isinstance(size, int) or starts is None or stops is None:
-        return None
-    start, stop, _ = slice(starts, stops).indices(size)
-    return Cut(IN, axis, {OUT: (start, stop)})
-
-
-def _known(node: Node, index: int) -> int | None:
-    value = node.graph.constant(node.slots[Slot("in", index)])
-    return None if value is None else int(value.reshape(-1)[0])
-
-
-def _select(node: Node) -> Cut | None:
-    axis = node.attribute("axis", 0) % len(node.shape(IN))
-    size, index = node.shape(IN)[axis], _known(node, 1)
-    if index is None or node.shape(Slot("in", 1)) or not isinstance(size, int):
-        return None
-    start = index % size
-    return Cut(IN, axis, {OUT: (start, start + 1)}, squeezed=True)
-
-
-_CUTS: dict[str, Callable[[Node], Cut | None]] = {
-    "Split": _split,
-    "Concat": _concat,
-    "Slice": _slice,
-    "Gather": _select,
-}
-
-# --- the rule ------------------------------------------------------------------------------------------
-
-
-def carry_over(node: Node, slot: Slot, basis: Basis) -> Iterator[tuple[Slot, Basis]]:
-    """What the other operands of a node must become if one operand changes basis.
-
-    Yields:
-        Operands and their changes of basis; those not mentioned stay as they are.
+def signature(node: Node) -> Signature:
+    """The labels of the operands that have any; operands left out, such as axes and shapes, are parameters.
 
     Raises:
-        Refused: the operator has no such form.
+        Refused: the operator is not in the table, or the shapes do not say enough.
     """
-    op = node.proto.op_type
-    if node.proto.domain not in ("", "ai.onnx") or not (op in _SIGNATURES or op == "Reshape"):
-        raise Refused(f"reaches the operator {op}, which has no rule")
-    if op == "Reshape":
-        yield from _carry_reshape(node, slot, basis)
-        return
-    cut = _CUTS[op](node) if op in _CUTS else None
-    # Joined parts may also be permuted all alike, which is simpler: the keys of a cache and of the new tokens.
-    if cut and (slot == cut.whole or slot in cut.parts) and not (op == "Concat" and not _touches(basis, cut)):
-        yield from _carry_cut(cut, node, slot, basis)
-    else:
-        yield from _carry_labels(node, slot, basis)
-
-
-def _touches(basis: Basis, cut: Cut) -> bool:
-    return cut.axis in (basis.axis, *basis.by)
-
-
-def _carry_reshape(node: Node, slot: Slot, basis: Basis) -> Iterator[tuple[Slot, Basis]]:
-    if slot not in (IN, OUT):
-        raise Refused("reaches the shape that a Reshape is given")
-    other = OUT if slot == IN else IN
-    carried = reshape_basis(basis, node.shape(slot), node.shape(other))
-    if carried:
-        yield other, carried
-
-
-def _carry_cut(cut: Cut, node: Node, slot: Slot, basis: Basis) -> Iterator[tuple[Slot, Basis]]:
-    if slot == cut.whole:
-        for part, (start, stop) in cut.parts.items():
-            carried = narrow(basis, cut.axis, start, stop, squeezed=cut.squeezed)
-            if carried:
-                yield part, carried
-        return
-    start, stop = cut.parts[slot]
-    size = node.shape(cut.whole)[cut.axis]
-    assert isinstance(size, int)
-    carried = widen(basis, cut.axis, start, stop, size, squeezed=cut.squeezed)
-    if carried:
-        yield cut.whole, carried
-
-
-def _carry_labels(node: Node, slot: Slot, basis: Basis) -> Iterator[tuple[Slot, Basis]]:
-    signature = _SIGNATURES[node.proto.op_type](node)
-    if slot not in signature:
-        raise Refused(f"reaches a parameter of {node.proto.op_type}")
-    label, *by = (signature[slot][axis] for axis in (basis.axis, *basis.by))
-    if label in (None, OPAQUE):
-        raise Refused(f"reaches {node.proto.op_type} along the axis in which the order matters")
-    for other, labels in signature.items():
-        if other == slot or label not in labels:
-            continue
-        if not set(by) <= set(labels) - {OPAQUE, None}:
-            raise Refused(f"differs between entries that {node.proto.op_type} treats alike")
-        carried = make_basis(labels.index(label), [labels.index(b) for b in by], basis.table)
-        if carried and other in node.slots:
-            yield other, carried
+    if node.proto.domain not in ("", "ai.onnx") or node.proto.op_type not in _SIGNATURES:
+        raise Refused(f"reaches the operator {node.proto.op_type}, which has no rule")
+    return _SIGNATURES[node.proto.op_type](node)
 
 
 def reduction_axis(graph: OnnxGraph, weight: str) -> int | None:
@@ -378,15 +253,15 @@ def reduction_axis(graph: OnnxGraph, weight: str) -> int | None:
     Returns:
         0 or 1; None if nothing multiplies by it, or its readers disagree.
     """
-    axes = set()
+    axes: set[int | None] = set()
     for proto in graph.consumers.get(weight, []):
         node = Node(graph, proto)
         if proto.op_type in ("MatMul", "Gemm"):
-            signature = _SIGNATURES[proto.op_type](node)
-            axes |= {signature[slot].index("k") for slot, name in node.slots.items() if name == weight}
+            labels = [signature(node).get(slot, ()) for slot, name in node.slots.items() if name == weight]
+            axes |= {found.index("k") if "k" in found else None for found in labels}
         elif proto.op_type in ("Cast", "Identity", "Transpose"):
             inner = reduction_axis(graph, proto.output[0])
             if inner is not None:
-                axes.add(_SIGNATURES[proto.op_type](node)[OUT][inner])
-    (axis,) = axes if len(axes) == 1 else (None,)
-    return axis if isinstance(axis, int) else None
+                labels_in, labels_out = (signature(node)[slot] for slot in (IN, OUT))
+                axes.add(labels_in.index(labels_out[inner]))
+    return axes.pop() if len(axes) == 1 else None

@@ -71,8 +71,7 @@ def trace(config: PretrainedConfig, *, dtype: torch.dtype, opset: int) -> Traced
     onnx_program.model.producer_name = "esparse-trt"
     graph.name = config.model_type
     _name_interface(graph, wrapper)
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return _name_modules(onnx_program.model, linears)
+    return _name_modules(onnx_program.model, model)
 
 
 def _weightless(config: PretrainedConfig, dtype: torch.dtype, fake: FakeTensorMode) -> PreTrainedModel:
@@ -182,12 +181,16 @@ def _name_interface(graph: ir.Graph, wrapper: CausalLM) -> None:
             value.shape = ir.Shape(renamed)
 
 
-def _name_modules(model: ir.Model, linears: set[str]) -> TracedGraph:
+def _name_modules(onnx_model: ir.Model, model: PreTrainedModel) -> TracedGraph:
     """Name parameters, nodes and the outputs of linear layers after the modules they come from."""
-    graph = model.graph
-    traced = TracedGraph(model)
+    graph = onnx_model.graph
+    traced = TracedGraph(onnx_model)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    aliases = {name: first_names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     for traced_name, value in list(graph.initializers.items()):
-        value.name = name = traced_name.removeprefix(_ROOT)
+        name = traced_name.removeprefix(_ROOT)
+        value.name = name = aliases.get(name, name)
         if value.const_value is None:
             traced.weights[name] = False
     for node in graph:

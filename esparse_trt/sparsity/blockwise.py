@@ -1,12 +1,12 @@
 """A causal language model of which one decoder block at a time is in memory.
 
-The module tree is made on the meta device. A block's tensors are read from the memory-mapped safetensors when
-the block is entered and dropped when it is left. What the blocks are called with (hidden states, masks, rotary
-embeddings, ALiBi) is whatever the model itself passes: its forward runs once over the calibration text with
-every block replaced by one that only writes down its arguments.
+The module tree is made on the meta device. A block's tensors are read from the memory-mapped safetensors
+when the block is entered and dropped when it is left. What the blocks are called with (hidden states, masks,
+rotary embeddings, ALiBi) is whatever the model itself passes: its forward runs once over the calibration text
+with blocks that do nothing but write down their arguments.
 
-Memory: one block in the compute dtype, and the hidden states of the whole calibration text, samples · length ·
-hidden, in host memory. The compute dtype is float32 on a CPU and the checkpoint's own dtype on a GPU.
+Memory: one block in the compute dtype, and the hidden states of the whole calibration text, samples · length
+· hidden, in host memory. The compute dtype is float32 on a CPU and the checkpoint's own dtype on a GPU.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class BlockwiseModel:
         config: the model's configuration.
         family: its row in the family table.
         model: its modules, with parameters on the meta device outside of `resident`.
+        parameters: number of parameters, tied ones counted once.
         blocks: number of decoder blocks.
         dtype: what is computed in.
         stored_dtype: dtype of the checkpoint's linear layers.
@@ -68,6 +69,7 @@ class BlockwiseModel:
                 self.config, dtype=self.dtype, trust_remote_code=trust_remote_code
             ).eval()
         self.model.tie_weights()
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         self._blocks = self.model.get_submodule(self.family.blocks)
         self.blocks = len(self._blocks)
         self.hidden: Tensor | None = None
@@ -85,7 +87,7 @@ class BlockwiseModel:
             return tensors.get_tensor(name)
 
     def stored_name(self, parameter: str) -> str:
-        """Name of a parameter in the checkpoint; of the tensor that it is tied to, if it is not stored itself."""
+        """Name of a parameter in the checkpoint; of the tensor it is tied to, where only that is stored."""
         if parameter not in self._files:
             parameter = (self.model._tied_weights_keys or {}).get(parameter, parameter)
         return stored_name(parameter, self._files, self.model.base_model_prefix)
@@ -110,7 +112,7 @@ class BlockwiseModel:
             yield self._blocks[index]
 
     def run(self, index: int, store: bool = False) -> Iterator[int]:
-        """Run a resident block over all batches; yields the number of each. `store`: outputs become `hidden`."""
+        """Run a resident block over all batches, yielding their numbers; `store` replaces `hidden`."""
         assert self.hidden is not None
         for number, hidden in enumerate(self.hidden.split(self._batch_size)):
             call = self._calls[len(hidden)][index]

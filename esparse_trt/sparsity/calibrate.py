@@ -126,8 +126,8 @@ def _stream(
                     raise EsparseError(
                         f"NaN or Inf in the activations that the layer reads, in calibration batch {batch}",
                         where=name,
-                        fix="run the dense model in float32 or bfloat16 to see whether float16 overflows, and "
-                        "check that the checkpoint is sound",
+                        fix="see whether the dense model overflows in float16 (try a float32 or bfloat16 "
+                        "checkpoint, or prune.device: cpu), and whether the checkpoint is sound",
                     )
 
 

@@ -65,7 +65,7 @@ class Journal:
         ]
         if changed:
             raise EsparseError(
-                f"pruning was interrupted after {self.done} steps, and has changed since: {'; '.join(changed)}",
+                f"pruning stopped after {self.done} steps, and has changed since: {'; '.join(changed)}",
                 where=self.root,
                 fix="undo the change to resume, or start again with --fresh",
             )
@@ -167,7 +167,7 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

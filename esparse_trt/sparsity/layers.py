@@ -79,7 +79,7 @@ def plan_layers(model: BlockwiseModel, pattern: Pattern, selection: LayerSelecti
         pattern.check(layer.shape[1], layer.name)
     if not pruned:
         raise EsparseError(
-            f"no linear layer matches include {selection.include} without matching exclude {selection.exclude}",
+            f"include {selection.include} and exclude {selection.exclude} leave no linear layer to prune",
             where="prune.layers",
             fix=f"layers are named like {blocks[0][0].name}",
         )

@@ -69,7 +69,7 @@ def nm_mask(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 def group_kept(scores: Tensor, pattern: Pattern) -> Tensor:
-    """Score that the best mask keeps in each group, summed over the rows: [..., N, K] -> float64 [..., K/m]."""
+    """Score that the best mask keeps of each group, summed over rows: [..., N, K] -> float64 [..., K/m]."""
     best = torch.stack(descending(_slots(scores, pattern))[: pattern.kept])
     return best.sum(dim=(0, -2), dtype=torch.float64)
 

@@ -1,7 +1,6 @@
-"""Permutations of input channels that make N:M pruning lose less (DESIGN section 5).
+"""Choosing permutations of input channels that make N:M pruning lose less (DESIGN section 5).
 
-A permutation is an int64 tensor π [K]: position p of the permuted order holds channel π[p], so x' = x[..., π]
-and W' = W[:, π]. It is chosen to raise the *kept score*: what the best N:M mask of the permuted scores keeps.
+A permutation is chosen to raise the *kept score*: what the best N:M mask of the permuted scores keeps.
 
 Global naive shuffle. Channels are ranked by descending mean score and dealt out: with G = K/m groups, rank r
 goes to group r mod G, slot r div G, so that every group holds one channel of each rank band. (`sort` lays the
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from esparse_trt.recipe import PermuteSection
 from esparse_trt.sparsity.pattern import Pattern
+from esparse_trt.sparsity.permutation import by_head, identity
 from esparse_trt.sparsity.swap import local_shuffle
 
 
@@ -27,39 +27,6 @@ class Choice(NamedTuple):
 
     global_: Tensor
     final: Tensor
-
-
-# --- algebra -------------------------------------------------------------------------------------------
-
-
-def identity(channels: int, device: torch.device | None = None) -> Tensor:
-    """The permutation that leaves everything in place."""
-    return torch.arange(channels, device=device)
-
-
-def is_identity(permutation: Tensor) -> bool:
-    """Whether nothing moves."""
-    return bool((permutation == identity(len(permutation), permutation.device)).all())
-
-
-def inverse(permutation: Tensor) -> Tensor:
-    """π⁻¹ with x[..., π][..., π⁻¹] = x; its entry c is the position of channel c under π."""
-    return torch.argsort(permutation)
-
-
-def compose(first: Tensor, second: Tensor) -> Tensor:
-    """The permutation that applies `first`, then `second`: x[..., first][..., second]; batched along [..., K]."""
-    return first.gather(-1, second)
-
-
-def by_head(permutations: Tensor, heads: int) -> Tensor:
-    """One permutation per KV head [G, D] -> π over all query heads [heads·D], equal within a KV group."""
-    groups, width = permutations.shape
-    shared = permutations.repeat_interleave(heads // groups, dim=0)
-    return (shared + torch.arange(heads, device=shared.device).unsqueeze(1) * width).flatten()
-
-
-# --- choosing --------------------------------------------------------------------------------------------
 
 
 def choose(scores: Tensor, pattern: Pattern, section: PermuteSection) -> Choice:
@@ -81,10 +48,10 @@ def choose(scores: Tensor, pattern: Pattern, section: PermuteSection) -> Choice:
 def choose_heads(
     scores: Tensor, pattern: Pattern, section: PermuteSection, *, heads: int, kv_heads: int
 ) -> Choice:
-    """Choose π [K] for a layer [N, K = heads·D] that reads attention output: only within heads, one per KV head.
+    """Choose π [K] for a layer [N, K = heads·D] that reads attention output, one permutation per KV head.
 
-    The channels c of all query heads of a KV head come from the same value channel and move together, so
-    their scores are stacked. Identity where groups of m straddle heads.
+    Nothing leaves its head. The channels c of all query heads of a KV head come from the same value channel
+    and move together, so their scores are stacked. Identity where groups of m straddle heads.
     """
     rows, channels = scores.shape
     width = channels // heads

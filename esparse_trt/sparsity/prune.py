@@ -79,7 +79,7 @@ def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
     journal.close()
     return PruneRecord(
         model_type=model.config.model_type,
-        parameters=sum(p.numel() for p in model.model.parameters()),
+        parameters=model.parameters,
         pruned_parameters=sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.pattern),
         dtype=str(model.stored_dtype).removeprefix("torch."),
         source_sha256=source_sha256,
@@ -97,8 +97,8 @@ def _calibration_tokens(
     section = recipe.calibration
     writer = None
     if isinstance(section.text, TextSelf):
-        # Sampling is slow, so an interrupted run keeps what it sampled; whether the recipe has changed since is
-        # checked like everything else when the journal is opened.
+        # Sampling is slow, so an interrupted run keeps what it sampled; whether the recipe has changed since
+        # is checked like everything else when the journal is opened.
         if (stored := journal.tokens()) is not None:
             return stored
         trust = recipe.model.trust_remote_code
@@ -127,11 +127,11 @@ def _fingerprint(
 
 
 def _bytes_needed(pruner: Pruner) -> int:
-    """The checkpoint, and the journal at its largest: a bit a weight, hidden states before and after a block."""
+    """The checkpoint, and the journal at its largest: a bit a weight, and hidden states twice."""
     model = pruner.model
     checkpoint = sum(file.stat().st_size for file in weight_files(model.path))
     hidden = 0 if model.hidden is None else model.hidden.nbytes
-    return checkpoint + sum(p.numel() for p in model.model.parameters()) // 8 + 2 * hidden
+    return checkpoint + model.parameters // 8 + 2 * hidden
 
 
 def _run(pruner: Pruner, journal: Journal) -> None:

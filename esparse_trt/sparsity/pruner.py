@@ -1,4 +1,4 @@
-"""The core of one-shot pruning: one decoder block after another, each seeing what the pruned ones before it put out.
+"""The core of one-shot pruning: decoder blocks in turn, each seeing what the pruned ones before it put out.
 
 For every site of a block, the dense weights are scored on the inputs that the block really receives, a
 permutation is chosen, and the best N:M mask under it becomes zeros in the weights; then the pruned block's
@@ -20,6 +20,7 @@ from esparse_trt.sparsity.blockwise import BlockwiseModel
 from esparse_trt.sparsity.layers import Layer, PlannedSite, plan_layers
 from esparse_trt.sparsity.models import heads_of, linear
 from esparse_trt.sparsity.pattern import Pattern, kept_score, nm_mask
+from esparse_trt.sparsity.permutation import identity, inverse, is_identity
 from esparse_trt.sparsity.permute import Choice
 from esparse_trt.sparsity.score import ChannelStatistics, needs_entropy, needs_statistics, score
 
@@ -94,6 +95,7 @@ class Pruner:
         if self.calibrated:
             self.model.embed(self._windows, self._batch_size)
 
+    @torch.no_grad()
     def choose_shared(self) -> Choice:
         """One permutation for the whole residual stream, from a pass of the dense model over all blocks.
 
@@ -112,7 +114,7 @@ class Pruner:
                 statistics = self._statistics(mine, index)
                 for site in mine:
                     for scores in self._scores(site, statistics.get(site.name)).values():
-                        samples.append(scores[::stride].cpu())
+                        samples.append(scores[::stride].to("cpu", copy=True))  # lets go of the rest
                 self._advance(index)
         self.restart()
         stacked = torch.cat(samples).to(self.model.device)
@@ -155,7 +157,7 @@ class Pruner:
         return calibrate.collect(readers, lambda: self.model.run(index), bins=self._bins)
 
     def _advance(self, index: int) -> None:
-        if self.calibrated:
+        if self.calibrated and index + 1 < self.steps:  # nobody reads what the last step puts out
             for _ in self.model.run(index, store=True):
                 pass
 
@@ -184,8 +186,8 @@ class Pruner:
         scores = self._scores(site, statistics)
         stacked = torch.cat(list(scores.values()))
         choice = self._choose(site, stacked)
-        position = permute.inverse(choice.final)
-        permuted = not permute.is_identity(choice.final)
+        position = inverse(choice.final)
+        permuted = not is_identity(choice.final)
         result = Pruned()
         for layer in site.layers:
             if permuted:  # all layers that read the tensor carry its permutation, dense ones too
@@ -228,7 +230,7 @@ class Pruner:
             # The head of a model that projects its stream first (OPT-350m) reads channels of its own.
             if self.shared is not None and len(self.shared.final) == site.channels:
                 return Choice(*(p.to(stacked.device) for p in self.shared))
-            unchanged = permute.identity(site.channels, stacked.device)
+            unchanged = identity(site.channels, stacked.device)
             return Choice(unchanged, unchanged)
         if site.site.reads == "attention":
             heads, kv_heads = heads_of(self.model.config, self.model.family)

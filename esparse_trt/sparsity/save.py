@@ -1,16 +1,15 @@
 """The pruned checkpoint: the dense model's own files with zeros written into them.
 
-Every file is copied, and in the copies of the safetensors files only the bytes of pruned weights change. Names,
-order, dtype, sharding and every kept weight are therefore those of the original, bit for bit, and memory stays
-at one tensor whatever the size of the model.
+Every file is copied, and in the copies of the safetensors files only the bytes of pruned weights change.
+Names, order, dtype, sharding and every kept weight are therefore those of the original, bit for bit, and
+memory stays at one tensor whatever the size of the model.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ def write_checkpoint(
         tokenizer.save_pretrained(temporary)
     _zero([temporary / file.name for file in weights], masks)
     shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    temporary.replace(target)
 
 
 def _zero(files: list[Path], masks: Iterable[tuple[str, Tensor]]) -> None:
@@ -56,13 +55,13 @@ def _zero(files: list[Path], masks: Iterable[tuple[str, Tensor]]) -> None:
     for name, mask in masks:
         file, offset, size = places[name]
         width = size // mask.numel()  # bytes a weight; all zero bits are +0 in every float format
-        words = np.memmap(file, np.uint8, "r+", offset, size).view(f"u{width}")
-        words[~mask.flatten().numpy()] = 0
-        words.base.flush() if isinstance(words.base, np.memmap) else words.flush()
+        stored = np.memmap(file, np.uint8, "r+", offset, (size,))
+        stored.view(f"u{width}")[~mask.flatten().numpy()] = 0
+        stored.flush()
 
 
 def _places(file: Path) -> dict[str, tuple[Path, int, int]]:
-    """Tensor -> (file, first byte, bytes), from the header: its length in 8 bytes, then JSON, then the data."""
+    """Tensor -> (file, first byte, bytes), from the header: 8 bytes of length, then JSON, then the data."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -77,17 +76,13 @@ def _places(file: Path) -> dict[str, tuple[Path, int, int]]:
     }
 
 
-def require_space(folder: Path, needed: int, free: Callable[[Path], int] | None = None) -> None:
+def require_space(folder: Path, needed: int) -> None:
     """Raise an EsparseError if the disk that holds `folder` has less than `needed` bytes left."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    available = (free or _free)(existing)
+    available = shutil.disk_usage(existing).free
     if available < needed:
         raise EsparseError(
             f"pruning needs {needed / 2**30:.2f} GiB of disk space and {available / 2**30:.2f} GiB are free",
             where=folder,
             fix="free some space, or use --out on another disk",
         )
-
-
-def _free(path: Path) -> int:
-    return shutil.disk_usage(path).free

@@ -2,15 +2,15 @@
 
 Inside blocks of consecutive positions, pairs of channels from different groups of m are swapped. Let
 v_1 ≥ v_2 ≥ … be the sorted scores of row i in the group g of channel a. Without a, the n−1 largest sum to
-Σ_{k≤n} v_k − max(s_ia, v_n), and the n-th largest is t_ia = v_{n+1} if s_ia ≥ v_n, else v_n. With b in a's place
-the group therefore keeps
+Σ_{k≤n} v_k − max(s_ia, v_n), and the n-th largest is t_ia = v_{n+1} if s_ia ≥ v_n, else v_n. With b in a's
+place the group therefore keeps
 
     C[a, b] = kept(g) − D[a] + M[a, b],     D[a] = Σ_i max(s_ia, v_n),     M[a, b] = Σ_i max(t_ia, s_ib),
 
-and swapping a and b gains M[a, b] + M[b, a] − D[a] − D[b]. As max(t, s) = (t + s + |t − s|) / 2, M is a matrix of
+and swapping a and b gains M[a, b] + M[b, a] − D[a] − D[b]. As max(t, s) = (t + s + |t − s|) / 2, M is made of
 L1 distances. Only the rows of M that belong to a changed group change with a swap, since a channel keeps its
-scores wherever it goes. Each round takes the best swaps that touch disjoint groups and checks each of them in
-float64 before accepting it, so the kept score never falls.
+scores wherever it goes. Each round takes the best swaps that touch disjoint groups and checks each of them
+in float64 before accepting it, so the kept score never falls.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from esparse_trt.sparsity.pattern import Pattern, descending
+from esparse_trt.sparsity.permutation import compose
 
 _STACK_ELEMENTS = 1 << 26  # scores of the blocks that are swapped in one batch (256 MiB in float32)
 _NOISE = 1e-6  # gains below this share of what two groups keep are rounding, not gains
@@ -36,7 +37,7 @@ def local_shuffle(scores: Tensor, pattern: Pattern, start: Tensor, *, block: int
     Returns:
         permutations [B, K] whose kept score is at least that of `start`.
     """
-    problems, rows, channels = scores.shape
+    problems, rows, _ = scores.shape
     size = max(1, _STACK_ELEMENTS // (rows * block))
     parts = []
     for positions in _equal_blocks(start, block):  # [B, blocks, width]
@@ -46,7 +47,7 @@ def local_shuffle(scores: Tensor, pattern: Pattern, start: Tensor, *, block: int
         for p, local in zip(problem.split(size), members.split(size), strict=True):
             blocks = SwapBlocks(scores[p.unsqueeze(1), :, local], pattern)
             blocks.run(rounds)
-            swapped.append(local.gather(1, blocks.order.flatten(1)))
+            swapped.append(compose(local, blocks.order.flatten(1)))
         parts.append(torch.cat(swapped).view(problems, -1))
     return torch.cat(parts, dim=1)
 
@@ -103,7 +104,7 @@ class SwapBlocks:
         return (matrix + matrix.mT) - (lost.unsqueeze(1) + lost.unsqueeze(2))
 
     def _swap_best(self, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Swap the best disjoint pairs of the active blocks; (block, group) of every changed group, in order."""
+        """Swap the best disjoint pairs of the active blocks; returns (block, group) of all changed groups."""
         gain, slots = self._best_by_group(active)
         partner = match(gain)
         index, first = (partner > torch.arange(partner.shape[1], device=partner.device)).nonzero(
@@ -159,7 +160,7 @@ class SwapBlocks:
 
 
 def match(gain: Tensor) -> Tensor:
-    """Greedy matching: the pair with the highest gain, then the highest among the remaining groups, and so on.
+    """Greedy matching: the pair with the highest gain, then the highest among the other groups, and so on.
 
     Pairs that are each other's best are taken together, which gives the same result in few steps.
 

@@ -8,8 +8,9 @@ English, and kept once in the whole corpus. Documents are split by the SHA-256 o
 split does not depend on the machine or on the order of the files. Whole documents of the `held_out`
 packages are set aside first, and no paragraph of theirs remains in the training text.
 
-Writes `.corpus/train.txt` (documents separated by a form feed), and beside this file
-`calibration.txt` and `evaluation.txt`, with the paths of their pages in `documents.txt`. `.corpus/` is a scratch folder in the repository root that git ignores.
+Writes `.corpus/train.txt` (documents separated by a form feed), and beside this file `calibration.txt` and
+`evaluation.txt`, with the paths of their pages in `documents.txt`. `.corpus/` is a scratch folder in the
+repository root that git ignores.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ def once(text: list[str], seen: set[bytes]) -> list[str]:
 def hold_out(
     pools: list[list[tuple[str, str, list[str]]]], size: int, seen: set[bytes]
 ) -> Iterator[tuple[str, str]]:
-    """Take documents of about `size` characters in all out of the pools, a package after the other: `(path, text)`."""
+    """Take `(path, text)` of about `size` characters in all out of the pools, one package after another."""
     total, turn = 0, 0
     while total < size:
         pool, turn = pools[turn % len(pools)], turn + 1

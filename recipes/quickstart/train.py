@@ -4,7 +4,10 @@
     python recipes/quickstart/train.py --prepare       # once: tokenizer, .corpus/train.npy
     python recipes/quickstart/train.py                 # train, save, evaluate
     python recipes/quickstart/train.py --evaluate      # only the numbers of the saved model
-    python recipes/quickstart/train.py --no-compile --device cpu --steps 3 --batch 2 --length 128 --out /tmp/smoke
+
+A smoke test on a CPU, once the tokenizer files are copied to the folder it writes:
+
+    train.py --device cpu --no-compile --steps 3 --batch 2 --length 128 --out /tmp/smoke
 
 A training sequence is `<s>` followed by a stretch of the token stream, in which documents are joined by
 `</s><s>`. Weights are kept in fp32, products are taken in bf16 (autocast), and the checkpoint of the lowest
@@ -210,13 +213,12 @@ def evaluate(args: argparse.Namespace) -> None:
                 f"{name}: perplexity {perplexity(model, rows):.3f} (fp16 weights, {dtype} arithmetic; "
                 f"{len(rows)} windows, {len(rows) * (WINDOW - 1):,} tokens)"
             )
-    counts = np.bincount(np.load(args.corpus / "train.npy"), minlength=VOCAB) + 1.0
-    ids = rows[:, 1:].reshape(-1).numpy()
-    text = (HERE / "evaluation.txt").stat().st_size
-    print(
-        f"evaluation: unigram perplexity {math.exp(-np.log(counts / counts.sum())[ids].mean()):.1f}; "
-        f"{text / len(encode(HERE / 'evaluation.txt', args.out)):.2f} bytes a token"
-    )
+    ids = encode(HERE / "evaluation.txt", args.out)
+    print(f"evaluation: {(HERE / 'evaluation.txt').stat().st_size / len(ids):.2f} bytes a token")
+    if (args.corpus / "train.npy").exists():
+        counts = np.bincount(np.load(args.corpus / "train.npy"), minlength=VOCAB) + 1.0
+        nats = -np.log(counts / counts.sum())[windows(ids)[:, 1:].numpy()].mean()
+        print(f"evaluation: unigram perplexity {math.exp(nats):.1f}")
     size = (args.out / "model.safetensors").stat().st_size
     print(f"parameters {model.num_parameters():,}; model.safetensors {size:,} bytes, {size / 2**20:.2f} MiB")
 

@@ -1,4 +1,4 @@
-"""The Triton model repository: configurations that Triton's own protobuf takes, and models that give the right text."""
+"""The Triton model repository: configurations that fit Triton's own schema, models that answer right."""
 
 from __future__ import annotations
 
@@ -65,12 +65,16 @@ def specs_of(positions: bool, layers: int, kv_heads: int, dim: int, dtype: str, 
         for part in ("key", "value"):
             inputs.append(
                 TensorSpec(
-                    name=f"past_key_values.{layer}.{part}", dtype=dtype, shape=["batch", kv_heads, "past", dim]
+                    name=f"past_key_values.{layer}.{part}",
+                    dtype=dtype,
+                    shape=["batch", kv_heads, "past", dim],
                 )
             )
             outputs.append(
                 TensorSpec(
-                    name=f"present.{layer}.{part}", dtype=dtype, shape=["batch", kv_heads, "past + sequence", dim]
+                    name=f"present.{layer}.{part}",
+                    dtype=dtype,
+                    shape=["batch", kv_heads, "past + sequence", dim],
                 )
             )
     return inputs, outputs
@@ -303,7 +307,7 @@ def test_command_is_one_shell_line_that_mounts_the_repository(folder):
     words = shlex.split(record.command)
     assert words[:2] == ["docker", "run"]
     assert words[words.index("-v") + 1] == f"{folder.model_repository}:/models:ro"  # a path with a space
-    assert all(word.startswith("127.0.0.1:") for flag, word in zip(words, words[1:], strict=False) if flag == "-p")
+    assert words[words.index("-p") + 1].startswith("127.0.0.1:")
     assert record.command in (folder.model_repository / "README.md").read_text()
 
 
@@ -396,7 +400,9 @@ def served(folder: BuildDir, monkeypatch: pytest.MonkeyPatch):
                 value = given[tensor.name]
                 assert value.dtype == types[tensor.data_type]
                 assert 1 <= value.shape[0] <= config.max_batch_size
-                assert all(want in (-1, size) for want, size in zip(tensor.dims, value.shape[1:], strict=True))
+                assert all(
+                    want in (-1, size) for want, size in zip(tensor.dims, value.shape[1:], strict=True)
+                )
             calls.append({name: value.shape for name, value in given.items()})
             self.call = models[model_name], Request(requested_output_names, **given)
 

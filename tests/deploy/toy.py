@@ -1,7 +1,7 @@
 """A language model of three dozen numbers with the interface of an exported one, and its reference in numpy.
 
-Its next token depends on every cached value, on the mask and on the positions: get one of them wrong, and the text
-comes out different.
+Its next token depends on every cached value, on the mask and on the positions: get one of them wrong, and the
+text comes out different.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 VOCAB, HEADS, DIM = 320, 2, 4
 
@@ -25,7 +25,10 @@ toy (
   int64[batch, sequence] input_ids, int64[batch, past_and_sequence] attention_mask,
   int64[batch, sequence] position_ids,
   float[batch, 2, past, 4] past_key, float[batch, 2, past, 4] past_value
-) => (float[batch, sequence, 320] logits, float[batch, 2, total, 4] present_key, float[batch, 2, total, 4] present_value)
+) => (
+  float[batch, sequence, 320] logits,
+  float[batch, 2, total, 4] present_key, float[batch, 2, total, 4] present_value
+)
 <float[320, 8] embedding, float[8, 320] head,
  int64[4] split = {0, 0, 2, 4}, int64[3] merge = {0, 1, 8}, int64[1] two = {2}, int64[2] tail = {1, 3},
  float unit = {0.05}, float none = {0.0}>

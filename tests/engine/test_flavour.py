@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from esparse_trt.engine import flavour
-from esparse_trt.engine.flavour import Choice, Gpu, choose, find_gpu, probe, unusable
+from esparse_trt.engine.flavour import Choice, Gpu, choose, find_gpu, unusable
 from esparse_trt.errors import EsparseError
 
 H100 = Gpu("NVIDIA H100", (9, 0), 79.6, "13.0")
@@ -128,20 +128,6 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     assert find_gpu.__wrapped__() == NO_GPU
-
-
-def test_doctor_learns_what_is_missing_and_how_to_get_it(machine):
-    machine({"tensorrt": "10.14.1"}, NO_GPU)
-    facts = {fact.name: fact for fact in probe()}
-    assert facts["NVIDIA GPU"].status == "warning"
-    assert facts["TensorRT"].status == "warning"  # installed, but of no use without a GPU
-    assert facts["TensorRT-RTX"].status == "missing"
-    assert facts["TensorRT-RTX"].fix == "pip install 'esparse-trt[rtx]'"
-    assert facts["engines"].status == "missing"
-    machine({"tensorrt_rtx": "1.7.1.116"}, H100)
-    facts = {fact.name: fact for fact in probe()}
-    assert facts["engines"].detail == "TensorRT-RTX 1.7.1.116"
-    assert "compute capability 9.0" in facts["NVIDIA GPU"].detail
 
 
 def test_polygraphy_follows_even_if_it_was_imported_before():

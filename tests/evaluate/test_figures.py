@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from polygraphy.comparator import CompareFunc, IterationResult
+from polygraphy.comparator import IterationResult
+from polygraphy.comparator.compare import CosineSimilarityCompareFunc, L2CompareFunc, SimpleCompareFunc
 
 from esparse_trt.errors import CheckFailed, EsparseError
 from esparse_trt.evaluate import figures
@@ -19,9 +20,9 @@ def test_against_polygraphy(dtype, chunk, monkeypatch):
     a = rng.normal(size=(3, 5, 11)).astype(dtype)
     b = (a + 0.1 * rng.normal(size=a.shape)).astype(dtype)
     reference, other = IterationResult({"x": a}), IterationResult({"x": b})
-    simple = CompareFunc.simple()(other, reference)["x"]
-    l2 = CompareFunc.l2()(other, reference)["x"].l2_norm
-    cosine = CompareFunc.cosine_similarity()(other, reference)["x"].cosine_similarity
+    simple = SimpleCompareFunc()(other, reference)["x"]
+    l2 = L2CompareFunc()(other, reference)["x"].l2_norm
+    cosine = CosineSimilarityCompareFunc()(other, reference)["x"].cosine_similarity
 
     found = compare_arrays("x", a, b, block=4, step="decode")
 

@@ -92,13 +92,13 @@ def make_layers(blocks: int = 6) -> list[LayerRecord]:
     return [*layers, head]
 
 
-def make_channels(width: int = 768) -> ChannelProfile:
+def make_channels(site: str = "model.layers.0.mlp.down_proj") -> ChannelProfile:
     random = np.random.default_rng(1)
-    channels = np.linspace(0, width - 1, 512).astype(int)
+    channels = np.linspace(0, 767, 512).astype(int)
     score = random.gamma(2.0, 1.0, size=512)
     dealt = np.argsort(np.argsort(-score))
     return ChannelProfile(
-        site="model.layers.0.mlp.down_proj",
+        site=site,
         channels=channels.tolist(),
         entropy=(3 + 0.4 * random.standard_normal(512)).tolist(),
         score=score.tolist(),
@@ -110,13 +110,14 @@ def make_records() -> dict[str, Record]:
     layers = make_layers()
     pruned = [layer for layer in layers if layer.pattern]
     errors = [compare(layer.name, layer.block, error_of(layer)) for layer in pruned]
+    errors += [compare(f"model.layers.{block}", block, 0.05 * (block + 1)) for block in range(6)]
     ids = TensorSpec(name="input_ids", dtype="int64", shape=["batch", "sequence"])
     return {
         "prune": PruneRecord(
             model_type="llama", parameters=6_000_000, dtype="float16", source_sha256="a" * 64,
             pruned_parameters=sum(n * k for n, k in (layer.shape for layer in pruned)),
             calibration_sha256="b" * 64, calibration_tokens=65536, device="cpu", layers=layers,
-            channels=[make_channels()],
+            channels=[make_channels(), make_channels("model.layers.5.mlp.down_proj")],
         ),
         "export": ExportRecord(
             dtype="float16", opset=20, inputs=[ids], outputs=[ids], linears={}, gathers=["g"],
@@ -134,16 +135,17 @@ def make_records() -> dict[str, Record]:
         "engine": EngineRecord(
             flavour="tensorrt_rtx", version="1.7.1", skipped=None, profiles={}, runnable=False, dense=None,
             not_runnable="no GPU",
-            sparse=EngineFile(file="engine/sparse.plan", bytes=12_100_000, seconds=9.5, onnx="onnx/sparse.onnx",
-                              onnx_sha256={}, sparse_weights=True),
+            sparse=EngineFile(file="engine/sparse.plan", bytes=12_100_000, seconds=9.5, onnx_sha256={},
+                              onnx="onnx/sparse.onnx", sparse_weights=True),
         ),
         "verify": VerifyRecord(
             outputs=[compare("logits", None, 0.21), compare("present.0.key", None, 0.07)],
             layers=errors, gate=1.5, gate_passed=True, task_skipped=None,
             fidelity=[Fidelity(a="pytorch", b="onnxruntime", limit_logits=5e-3, limit_layer=2e-3, layers=[],
                                logits=compare("logits", None, 7e-4), first_divergence=None, passed=True)],
-            task=TaskLevel(text_sha256="d" * 64, tokens=123_392, length=256, dtype="float16", runtime="pytorch",
-                           dense_perplexity=23.456, sparse_perplexity=27.891, ratio=27.891 / 23.456,
+            task=TaskLevel(text_sha256="d" * 64, tokens=123_392, length=256, dtype="float16",
+                           runtime="pytorch", dense_perplexity=23.456, sparse_perplexity=27.891,
+                           ratio=27.891 / 23.456, ln_ratio_ci95=0.01,
                            kl_divergence=0.1834, top1_agreement=0.8123),
         ),
     }  # fmt: skip
@@ -200,6 +202,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.ids: list[str] = []
         self.links: list[str] = []
+        self.labels: set[str] = set()
         self.rows: list[list[str]] = []
         self.words: list[str] = []
         self.feed(html)
@@ -210,6 +213,7 @@ class Page(HTMLParser):
         values = dict(attrs)
         self.ids += [values["id"]] if values.get("id") else []
         self.links += [v for k in ("href", "src", "xlink:href") if (v := values.get(k))]
+        self.labels |= {values["aria-labelledby"]} if values.get("aria-labelledby") else set()
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -243,6 +247,7 @@ def test_page_leads_with_the_measured_figures(full):
     top = html.text.split("Ablation One model")[0]
     for shown in ("23.46", "27.89", "1.189", "0.183", "81.2", "123,392 tokens", "42 of 43 linear layers"):
         assert shown in top
+    assert "ratio 1.177 to 1.201 (95 %)" in top
     pruned = 6 * (256 * 256 * 2 + 2 * 128 * 256 + 3 * 768 * 256)
     assert data["headline"]["weights_pruned"] == pytest.approx(pruned / 2 / (pruned + 4096 * 256))
     assert data["headline"]["parameters_pruned"] == pytest.approx(pruned / 2 / 6_000_000)
@@ -251,7 +256,7 @@ def test_page_leads_with_the_measured_figures(full):
 
 
 def test_packed_estimate_counts_positions_of_any_pattern(full):
-    recipe, folder, manifest = full
+    recipe, folder, _ = full
     records = make_records()
     layer = make_layers()[0].model_copy(update={"pattern": "1:8", "sparsity": 7 / 8})
     records["prune"] = records["prune"].model_copy(update={"layers": [layer]})
@@ -334,7 +339,7 @@ def test_everything_foreign_is_escaped(full, tmp_path):
         layer.model_copy(update={"name": evil + layer.name, "site": evil, "reason": evil})
         for layer in records["prune"].layers
     ]
-    profile = make_channels().model_copy(update={"site": evil})
+    profile = make_channels(evil)
     records["prune"] = records["prune"].model_copy(update={"layers": layers, "channels": [profile]})
     records["engine"] = records["engine"].model_copy(update={"not_runnable": evil})
     table = make_ablation()
@@ -355,6 +360,8 @@ def test_page_is_self_contained_and_its_ids_are_unique(full):
     assert all(link.startswith("#") for link in html.links)
     assert len(html.ids) == len(set(html.ids))
     assert {link[1:] for link in html.links} <= set(html.ids)
+    assert len(html.labels) == 5
+    assert html.labels <= set(html.ids)  # every drawing has its caption
     assert not re.search(r"@import|url\((?!#)", full[1].report_html.read_text())
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+import psutil
 import pytest
 import torch
-from esparse_trt.artifacts import BuildDir, ExportRecord, LayerRecord, PruneRecord
-from esparse_trt.errors import EsparseError
-from esparse_trt.graph.export import export, export_models, insert_permutations, read_permutations
-from esparse_trt.graph.feeds import cache_feed, example_feed, next_cache, token_feed
-from esparse_trt.graph.trace import TracedGraph, trace
-from esparse_trt.graph.wrapper import FAMILIES
-from esparse_trt.recipe import parse_recipe
 from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import nn
@@ -33,6 +28,14 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from esparse_trt.artifacts import BuildDir, ExportRecord, LayerRecord, PruneRecord
+from esparse_trt.errors import EsparseError
+from esparse_trt.graph.export import export, export_models, insert_permutations, read_permutations
+from esparse_trt.graph.feeds import cache_feed, example_feed, next_cache, token_feed
+from esparse_trt.graph.trace import TracedGraph, trace
+from esparse_trt.graph.wrapper import FAMILIES
+from esparse_trt.recipe import parse_recipe
 
 SIZES = {
     "vocab_size": 320,
@@ -55,10 +58,13 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "opt": OPTConfig(
         vocab_size=320, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=256,
-    ),  # six heads below: BLOOM's slopes are irregular when their number is no power of two
+    ),
+    # six heads: ALiBi's slopes are irregular where the number is no power of two
     "bloom": BloomConfig(vocab_size=320, hidden_size=96, n_layer=2, n_head=6),
 }  # fmt: skip
 ALONE = ("o_proj", "out_proj", "dense", "down_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h")
+
+DOWN = "model.layers.0.mlp.down_proj"
 
 PROMPT, PADDING = 9, [0, 3]
 GENERATED = 5
@@ -140,11 +146,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_case(tmp_path_factory.mktemp(request.param), CONFIGS[request.param])
 
 
-@pytest.fixture(scope="module")
-def traced_llama() -> TracedGraph:
-    return trace(LlamaConfig(**SIZES), dtype=torch.float32, opset=20)
-
-
 def distance(actual: np.ndarray, expected: np.ndarray) -> float:
     """Relative L2."""
     a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
@@ -224,7 +225,36 @@ def test_padding_does_not_reach_other_tokens(case: Case) -> None:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case(tmp_path_factory.mktemp("half"), CONFIGS["llama"], "float16")
+    """A LLaMA in fp16, through the stage itself."""
+    folder = BuildDir(tmp_path_factory.mktemp("half"))
+    models = {kind: random_model(CONFIGS["llama"], torch.float16) for kind in ("dense", "explicit")}
+    permutations = prune(models["explicit"])
+    models["dense"].save_pretrained(folder.root / "dense")
+    models["explicit"].save_pretrained(folder.checkpoint)
+    save_file({name: order.clone() for name, order in permutations.items()}, folder.permutation)
+    sections = {"model": {"path": "dense"}, "calibration": {"text": {"path": "unused.txt"}}}
+    recipe = parse_recipe({"name": "test", **sections}, base=folder.root)
+    pruned = PruneRecord.model_construct(layers=[layer_record(name) for name in permutations])
+    return Case(folder.onnx, export(recipe, folder, pruned), models, permutations)
+
+
+def layer_record(name: str) -> LayerRecord:
+    return LayerRecord(
+        name=name, site="down", block=0, shape=(64, 96), pattern="2:4", reason=None, permuted=True,
+        sparsity=0.5, kept=None,
+    )  # fmt: skip
+
+
+def test_stage(half: Case) -> None:
+    """From a recipe and the files of the prune stage to the files and the record of the contract."""
+    record = half.record
+    assert (record.dtype, record.opset, len(record.gathers)) == ("float16", 20, 8)
+    assert {spec.dtype for spec in record.outputs} == {"float16"}
+    for kind, size in record.bytes.items():
+        files = [half.folder / f"{kind}.onnx{suffix}" for suffix in ("", ".data")]
+        assert sum(file.stat().st_size for file in files) == size
+    feed = example_feed(record.inputs, batch=2, sequence=3, past=4, vocab=320, seed=0)
+    assert run(half.session("explicit"), feed)["logits"].shape == (2, 3, 320)
 
 
 @pytest.mark.parametrize("kind", ["dense", "explicit"])
@@ -332,99 +362,57 @@ def test_tensorrt_parses(case: Case, kind: str) -> None:
     assert inputs == [spec.name for spec in case.record.inputs]
 
 
+# --- tied embeddings, opsets, scale ----------------------------------------------------------------------
+
+
+def test_tied_embeddings_are_stored_once(case: Case) -> None:
+    tied = case.models["dense"].config.tie_word_embeddings
+    head = case.record.linears["lm_head"]
+    assert (head == "lm_head.weight") != tied
+    data = onnx.load(case.folder / "dense.onnx", load_external_data=False).graph.initializer
+    shapes = [list(tensor.dims) for tensor in data]
+    vocab, hidden = 320, case.models["dense"].config.hidden_size
+    assert shapes.count([vocab, hidden]) + shapes.count([hidden, vocab]) == (1 if tied else 2)
+
+
 @pytest.mark.parametrize("opset", [18, 22])
 @torch.no_grad()
-def test_other_opsets(tmp_path: Path, opset: int) -> None:
-    config = LlamaConfig(**SIZES | {"num_hidden_layers": 1})
-    model = random_model(config)
-    model.save_pretrained(tmp_path)
-    paths = {"dense_path": tmp_path / "dense.onnx", "explicit_path": tmp_path / "explicit.onnx"}
-    record = export_models(tmp_path, tmp_path, {}, **paths, dtype="float32", opset=opset)
-    proto = onnx.load(tmp_path / "explicit.onnx")
-    assert [item.version for item in proto.opset_import] == [opset]
-    feed = token_feed(record.inputs, prompt()) | cache_feed(record.inputs, batch=2, past=0)
-    actual = run(ort.InferenceSession(tmp_path / "explicit.onnx"), feed)
-    assert distance(actual["logits"], model(**tensors(feed)).logits) < 1e-5
-
-
-# --- tied embeddings, scale ------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_tied_embeddings_are_stored_once_unless_the_head_is_permuted(tmp_path: Path) -> None:
-    model = random_model(LlamaConfig(**SIZES, tie_word_embeddings=True))
+def test_a_permuted_head_is_untied_from_the_embedding(tmp_path: Path, opset: int) -> None:
+    """And the oldest and newest operator set give the same results as the default."""
+    model = random_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}, tie_word_embeddings=True))
     model.save_pretrained(tmp_path)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    embedding = 320 * 64 * 4
-    sizes = {}
-    for name, permutations in (("tied", {}), ("untied", {"lm_head": order})):
-        paths = {f"{kind}_path": tmp_path / name / f"{kind}.onnx" for kind in ("dense", "explicit")}
-        record = export_models(tmp_path, tmp_path, permutations, **paths, dtype="float32", opset=20)
-        feed = token_feed(record.inputs, prompt()) | cache_feed(record.inputs, batch=2, past=0)
-        for path in paths.values():
-            logits = run(ort.InferenceSession(path), feed)["logits"]
-            assert distance(logits, model(**tensors(feed)).logits) < 1e-5
-        sizes[name] = (tmp_path / name / "explicit.onnx.data").stat().st_size
-        head = record.linears["lm_head"]
-        assert head == ("model.embed_tokens.weight" if name == "tied" else "lm_head.weight")
-    assert sizes["untied"] - sizes["tied"] == embedding
+    paths = {f"{kind}_path": tmp_path / f"{kind}.onnx" for kind in ("dense", "explicit")}
+    record = export_models(tmp_path, tmp_path, {"lm_head": order}, **paths, dtype="float32", opset=opset)
+    assert record.linears["lm_head"] == "lm_head.weight" and record.gathers == ["lm_head.permute"]
+    feed = token_feed(record.inputs, prompt()) | cache_feed(record.inputs, batch=2, past=0)
+    for path in paths.values():
+        assert [item.version for item in onnx.load(path, load_external_data=False).opset_import] == [opset]
+        logits = run(ort.InferenceSession(path), feed)["logits"]
+        assert distance(logits, model(**tensors(feed)).logits) < 1e-5
 
 
-def test_tracing_allocates_no_weights() -> None:
-    """A layer and the head of a 70B model trace in memory that could not hold one of their matrices."""
+@pytest.fixture(scope="module")
+def huge() -> TracedGraph:
+    """One layer of a 70B model, with its embedding and head."""
     config = LlamaConfig(
         vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=1,
         num_attention_heads=64, num_key_value_heads=8, head_dim=128,
     )  # fmt: skip
-    allocated = []
-    original = torch.UntypedStorage.__new__
-
-    def counting(cls: type, *args: object, **kwargs: object) -> torch.UntypedStorage:
-        storage = original(cls, *args, **kwargs)
-        allocated.append(storage.nbytes() if storage.device.type == "cpu" else 0)
-        return storage
-
-    del counting, original
+    before = psutil.Process().memory_info().rss
     traced = trace(config, dtype=torch.float16, opset=20)
-    assert all(traced.model.graph.initializers[name].const_value is None for name in traced.weights)
-    real = [v.const_value for v in traced.model.graph.initializers.values() if v.const_value is not None]
-    assert sum(tensor.nbytes for tensor in real) < 10_000
+    assert psutil.Process().memory_info().rss - before < 2**29  # the embedding alone would be 2 GB
+    return traced
 
 
-# --- the stage, and its errors ---------------------------------------------------------------------------
+def test_tracing_makes_no_weights(huge: TracedGraph) -> None:
+    initializers = huge.model.graph.initializers
+    assert {name for name, value in initializers.items() if value.const_value is None} == set(huge.weights)
+    constants = [value.const_value for name, value in initializers.items() if name not in huge.weights]
+    assert sum(tensor.nbytes for tensor in constants if tensor is not None) < 10_000
 
 
-def layer_record(name: str) -> LayerRecord:
-    return LayerRecord(
-        name=name, site="down", block=0, shape=(64, 96), pattern="2:4", reason=None, permuted=True,
-        sparsity=0.5, kept=None,
-    )  # fmt: skip
-
-
-def test_stage(tiny_llama: Path, tmp_path: Path) -> None:
-    """From a recipe and the files of the prune stage to the files and the record of the contract."""
-    folder = BuildDir(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    permutations = prune(model)
-    model.save_pretrained(folder.checkpoint)
-    save_file({name: order.clone() for name, order in permutations.items()}, folder.permutation)
-    recipe = parse_recipe(
-        {
-            "name": "test",
-            "model": {"path": str(tiny_llama)},
-            "calibration": {"text": {"path": "text.txt"}},
-            "export": {"dtype": "float32"},
-        },
-        base=tmp_path,
-    )
-    pruned = PruneRecord.model_construct(layers=[layer_record(name) for name in permutations])
-    record = export(recipe, folder, pruned)
-    assert record.bytes["explicit"] == sum(
-        folder.explicit_onnx.with_name(f"explicit.onnx{suffix}").stat().st_size for suffix in ("", ".data")
-    )
-    assert len(record.gathers) == 8
-    feed = example_feed(record.inputs, batch=2, sequence=3, past=4, vocab=320, seed=0)
-    assert run(ort.InferenceSession(folder.explicit_onnx), feed)["logits"].shape == (2, 3, 320)
+# --- permutations and errors -----------------------------------------------------------------------------
 
 
 def test_no_permutation_file_means_no_permutations(tmp_path: Path) -> None:
@@ -438,24 +426,24 @@ def test_truncated_permutation_file_is_an_error(tmp_path: Path) -> None:
         read_permutations(path)
 
 
-def test_the_identity_needs_no_gather(traced_llama: TracedGraph) -> None:
-    nodes = len(traced_llama.model.graph)
-    assert insert_permutations(traced_llama, {"model.layers.0.mlp.down_proj": torch.arange(96)}) == ([], {})
-    assert len(traced_llama.model.graph) == nodes
+def test_the_identity_needs_no_gather(huge: TracedGraph) -> None:
+    nodes = len(huge.model.graph)
+    assert insert_permutations(huge, {DOWN: torch.arange(28_672)}) == ([], {})
+    assert len(huge.model.graph) == nodes
 
 
 @pytest.mark.parametrize(
     ("name", "order", "message"),
     [
-        ("model.layers.0.mlp.nothing", torch.arange(96).flip(0), "no linear layer is called"),
-        ("model.layers.0.mlp.down_proj", torch.arange(64).flip(0), "no permutation of the 96 input channels"),
-        ("model.layers.0.mlp.down_proj", torch.zeros(96, dtype=torch.int64), "no permutation of the 96"),
-        ("model.layers.0.mlp.down_proj", torch.arange(96.0).flip(0), "no permutation of the 96"),
+        ("model.layers.0.mlp.nothing", torch.arange(28_672).flip(0), "no linear layer is called"),
+        (DOWN, torch.arange(64).flip(0), "no permutation of the 28672 input channels"),
+        (DOWN, torch.zeros(28_672, dtype=torch.int64), "no permutation of the 28672"),
+        (DOWN, torch.arange(28_672.0).flip(0), "no permutation of the 28672"),
     ],
 )
-def test_bad_permutations(traced_llama: TracedGraph, name: str, order: torch.Tensor, message: str) -> None:
+def test_bad_permutations(huge: TracedGraph, name: str, order: torch.Tensor, message: str) -> None:
     with pytest.raises(EsparseError, match=message):
-        insert_permutations(traced_llama, {name: order})
+        insert_permutations(huge, {name: order})
 
 
 def test_unsupported_models_are_refused_before_tracing(tmp_path: Path) -> None:
@@ -465,7 +453,7 @@ def test_unsupported_models_are_refused_before_tracing(tmp_path: Path) -> None:
         ({"model_type": "gpt2"}, "cannot export the architecture 'gpt2'"),
         (LlamaConfig(**SIZES, rope_parameters=rope).to_dict(), "rotary embedding 'dynamic'"),
     ):
-        (tmp_path / "config.json").write_text(__import__("json").dumps(config))
+        (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(EsparseError, match=message):
             export_models(tmp_path, tmp_path, {}, **paths, dtype="float16", opset=20)
     assert not paths["dense_path"].exists()

@@ -3,162 +3,130 @@
 from __future__ import annotations
 
 from pathlib import Path
-import copy
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
 
-from esparse_trt.artifacts import BuildDir, ExportRecord
-from esparse_trt.graph.export import insert_permutations
-from esparse_trt.graph.feeds import read_specs
-from esparse_trt.graph.trace import trace
-from esparse_trt.graph.weights import Checkpoint, write_model
-from esparse_trt.graph.fold import fold
-from esparse_trt.recipe import Recipe, parse_recipe
-from esparse_trt.sparsity.pattern import Pattern, nm_mask
+from esparse_trt.errors import CheckFailed
+from esparse_trt.graph.certify import certify
+from esparse_trt.graph.fold import Folding, fold
+from esparse_trt.graph.plan import load_plan, redo, undo
+from esparse_trt.graph.proof import example_feeds, outputs
 
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
-COMMON = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=HEADS)
-GATED = dict(**COMMON, intermediate_size=48, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM)
-FAMILIES: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**GATED),
-    "llama_tied": LlamaConfig(**GATED, tie_word_embeddings=True),
-    "mistral": MistralConfig(**GATED, sliding_window=5),
-    "qwen2": Qwen2Config(**GATED),
-    "qwen3": Qwen3Config(**GATED),
-    "gemma3": Gemma3TextConfig(
-        **GATED, sliding_window=5, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
-    ),
-    "opt": OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
-    "bloom": BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=HEADS),
-}
-ATTENTION_OUTPUT = ("o_proj", "out_proj", "dense")
-MLP_OUTPUT = ("down_proj", "fc2", "dense_4h_to_h")
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8  # of the families in conftest.py
 RESIDUAL = ("q_proj", "k_proj", "v_proj", "query_key_value", "gate_proj", "up_proj", "fc1", "dense_h_to_4h")
-
-
-def permutations(model: nn.Module, residual: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random permutations as the prune stage makes them; layers that read the same tensor share one."""
-    generator = torch.Generator().manual_seed(seed)
-    config = model.config
-    kv_heads = getattr(config, "num_key_value_heads", None) or HEADS
-    shared = torch.randperm(config.hidden_size, generator=generator)
-    found: dict[str, torch.Tensor] = {}
-    by_site: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or name == "lm_head":
-            continue
-        parent, leaf = name.rsplit(".", 1)
-        if leaf in ATTENTION_OUTPUT:
-            per_head = [torch.randperm(HEAD_DIM, generator=generator) for _ in range(kv_heads)]
-            found[name] = torch.cat([per_head[h * kv_heads // HEADS] + h * HEAD_DIM for h in range(HEADS)])
-        elif leaf in MLP_OUTPUT:
-            found[name] = torch.randperm(module.in_features, generator=generator)
-        elif residual == "shared":
-            found[name] = shared
-        elif residual == "gather":
-            found[name] = by_site.setdefault(parent, torch.randperm(module.in_features, generator=generator))
-    return found
-
-
-class Family:
-    """A tiny random model, traced once; `build` makes build folders up to and including the export stage."""
-
-    def __init__(self, config: PretrainedConfig, root: Path, dtype: str = "float32") -> None:
-        torch.manual_seed(0)
-        self.root, self.dtype = root, dtype
-        self.model = AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():
-            for parameter in self.model.parameters():  # biases and norms too, so that forgetting one shows
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        self.model.save_pretrained(root / "dense")
-        self.traced = trace(config, dtype=getattr(torch, dtype), opset=20)
-
-    def build(self, name: str, orders: dict[str, torch.Tensor] | None = None) -> SimpleNamespace:
-        """A build with random permutations in residual mode `name`, or the given ones."""
-        folder = BuildDir(self.root / name)
-        orders = permutations(self.model, name) if orders is None else orders
-        pruned = copy.deepcopy(self.model)
-        with torch.no_grad():
-            for module_name, module in pruned.named_modules():
-                if isinstance(module, nn.Linear) and module_name != "lm_head":
-                    order = orders.get(module_name, torch.arange(module.in_features))
-                    mask = nm_mask(module.weight[:, order].abs(), Pattern(2, 4))
-                    module.weight[:, order] = module.weight[:, order] * mask
-        pruned.save_pretrained(folder.checkpoint)
-        save_file({key: order.clone() for key, order in orders.items()}, folder.permutation)
-        return SimpleNamespace(folder=folder, exported=self._export(folder, orders), orders=orders,
-                               recipe=make_recipe(self.root, self.dtype), model=pruned)
-
-    def _export(self, folder: BuildDir, orders: dict[str, torch.Tensor]) -> ExportRecord:
-        """What `export_models` does, with the trace of an earlier call."""
-        dense = write_model(self.traced, folder.dense_onnx, self._checkpoint(self.root / "dense"), {})
-        gathers, weights = insert_permutations(self.traced, orders)
-        explicit = write_model(self.traced, folder.explicit_onnx, self._checkpoint(folder.checkpoint), weights)
-        inputs, outputs = read_specs(folder.explicit_onnx)
-        linears = {module: self.traced.weight_of(module) for module in self.traced.linears}
-        graph = self.traced.model.graph
-        for node in self.traced.linears.values():
-            gather = node.inputs[0].producer()
-            if gather is not None and gather.name in gathers:
-                node.replace_input_with(0, gather.inputs[0])
-        for gather in [node for node in graph if node.name in gathers]:
-            del graph.initializers[gather.inputs[1].name]
-            graph.remove(gather)
-        return ExportRecord(dtype=self.dtype, opset=20, inputs=inputs, outputs=outputs, linears=linears,
-                            gathers=gathers, bytes={"dense": dense, "explicit": explicit})
-
-    def _checkpoint(self, folder: Path) -> Checkpoint:
-        ties = dict(self.model._tied_weights_keys or {}) if self.model.config.tie_word_embeddings else {}
-        return Checkpoint(folder, prefix=self.model.base_model_prefix, tied=ties)
-
-
-def make_recipe(root: Path, dtype: str = "float32") -> Recipe:
-    data = {
-        "name": "test",
-        "model": {"path": "dense"},
-        "calibration": {"text": {"path": "text.txt"}},
-        "export": {"dtype": dtype},
-    }
-    return parse_recipe(data, base=root)
+NAMES = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma3", "opt", "bloom"]
 
 
 def permutation_nodes(path: Path) -> list[str]:
     """Names of the explicit permutations in a file."""
-    return [n.name for n in onnx.load(path, load_external_data=False).graph.node if n.name.endswith(".permute")]
+    return [
+        n.name for n in onnx.load(path, load_external_data=False).graph.node if n.name.endswith(".permute")
+    ]
 
 
 def is_residual(gather: str) -> bool:
     return gather.removesuffix(".permute").rsplit(".", 1)[-1] in RESIDUAL
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return Family(FAMILIES[request.param], tmp_path_factory.mktemp(request.param))
-
-
 @pytest.mark.parametrize("residual", ["gather", "shared", "none"])
-def test_no_gather_is_left_where_none_is_needed(family: Family, residual: str) -> None:
-    build = family.build(residual)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gather_is_left_where_none_is_needed(families: Any, name: str, residual: str) -> None:
+    build = families(name).build(residual)
     record = fold(build.recipe, build.folder, build.exported)
-    expected = [name for name in build.exported.gathers if residual == "gather" and is_residual(name)]
+    expected = [gather for gather in build.exported.gathers if residual == "gather" and is_residual(gather)]
     assert permutation_nodes(build.folder.sparse_onnx) == expected == list(record.kept)
     assert record.folded == len(build.exported.gathers) - len(expected) > 0
     assert record.logits_error <= 1e-5
     assert record.dense_error <= 1e-5
+    assert record.bytes == sum(file.stat().st_size for file in build.folder.onnx.glob("sparse.onnx*"))
+    assert not list(build.folder.onnx.glob(".*")), "temporary files were left behind"
+    assert certify(build.recipe, build.folder, build.pruned, build.exported).tensors
+
+
+def test_layer_outputs_in_original_order(families: Any) -> None:
+    """The plan undoes the basis of every linear layer's output, as the comparison by layer needs it."""
+    build = families("llama").build("shared")
+    fold(build.recipe, build.folder, build.exported)
+    plan = load_plan(build.folder.fold_plan)
+    layers = [name for name in build.exported.linears if name != "lm_head"]
+    feed = example_feeds(build.exported.inputs, 96)[1]
+    explicit = outputs(with_outputs(build.folder.explicit_onnx, layers), [feed])[0]
+    changed = {name: redo(plan, name, value) for name, value in feed.items()}
+    sparse = outputs(with_outputs(build.folder.sparse_onnx, layers), [changed])[0]
+    for name in layers:
+        np.testing.assert_allclose(undo(plan, name, sparse[name]), explicit[name], atol=1e-5)
+    moved = [name for name in layers if not np.allclose(sparse[name], explicit[name], atol=1e-5)]
+    assert {name.rsplit(".", 1)[-1] for name in moved} == {
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert plan.tensors["past_key_values.0.value"] == plan.tensors["present.0.value"]
+    assert np.shape(plan.tensors["past_key_values.0.value"].table) == (KV_HEADS, HEAD_DIM)
+    assert "past_key_values.0.key" not in plan.tensors
+
+
+def with_outputs(path: Path, names: list[str]) -> Path:
+    model = onnx.load(path, load_external_data=False)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    target = path.with_name(f"outputs_{path.name}")
+    onnx.save(model, target)
+    return target
+
+
+def test_float16(families: Any) -> None:
+    build = families("opt", "float16").build("gather")
+    record = fold(build.recipe, build.folder, build.exported)
+    assert record.logits_error <= 2e-3
+    assert record.dense_error <= 2e-3
+    assert len(record.kept) == 4
+
+
+def test_a_permutation_that_mixes_heads_stays(families: Any) -> None:
+    orders = families("llama").permutations("none")
+    mixing = torch.randperm(32, generator=torch.Generator().manual_seed(5))
+    orders["model.layers.0.self_attn.o_proj"] = mixing
+    build = families("llama").build("mixing", orders)
+    record = fold(build.recipe, build.folder, build.exported)
+    assert list(record.kept) == ["model.layers.0.self_attn.o_proj.permute"]
+    assert "moves channels across" in record.kept["model.layers.0.self_attn.o_proj.permute"]
+    assert permutation_nodes(build.folder.sparse_onnx) == list(record.kept)
+
+
+def test_query_heads_of_one_kv_head_must_agree(families: Any) -> None:
+    orders = families("llama").permutations("none")
+    per_head = [torch.randperm(HEAD_DIM, generator=torch.Generator().manual_seed(h)) for h in range(HEADS)]
+    orders["model.layers.1.self_attn.o_proj"] = torch.cat([o + h * HEAD_DIM for h, o in enumerate(per_head)])
+    build = families("llama").build("disagree", orders)
+    record = fold(build.recipe, build.folder, build.exported)
+    assert list(record.kept) == ["model.layers.1.self_attn.o_proj.permute"]
+    assert "Expand treats alike" in record.kept["model.layers.1.self_attn.o_proj.permute"]
+
+
+def test_a_residual_permutation_must_not_break_other_layers(families: Any) -> None:
+    """One site alone could take the whole residual stream along, but the others were pruned in its order."""
+    order = torch.arange(31, -1, -1).roll(1)
+    only = {f"model.layers.0.mlp.{name}_proj": order for name in ("gate", "up")}
+    build = families("llama").build("one_site", only)
+    record = fold(build.recipe, build.folder, build.exported)
+    assert "would break the 2:4 groups" in record.kept["model.layers.0.mlp.gate_proj.permute"]
+
+
+def test_a_wrong_fold_is_noticed(families: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If an initializer were forgotten, the proof would fail and say which output is wrong."""
+    build = families("llama").build("none")
+    reorder = Folding.reorder
+
+    def forget(self: Folding, name: str, values: Any) -> Any:
+        return values if name == "model.layers.0.mlp.up_proj.weight" else reorder(self, name, values)
+
+    monkeypatch.setattr(Folding, "reorder", forget)
+    with pytest.raises(CheckFailed, match="folding changed 'logits'"):
+        fold(build.recipe, build.folder, build.exported)
+    assert not list(build.folder.onnx.glob(".*"))

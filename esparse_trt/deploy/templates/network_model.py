@@ -27,9 +27,7 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        feed = {
-            name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs
-        }
+        feed = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
         wanted = [name for name in self.outputs if name in request.requested_output_names()]
         try:
             values = self.session.run(wanted, feed)

@@ -1,7 +1,7 @@
 """Text in, text out, in Triton's Python backend: tokenizer, prefill, then one token a step with the KV cache.
 
-A reference, not a high-throughput server: each request runs by itself, and the cache passes through host memory
-at every step. Needs the package tokenizers in the server's Python.
+A reference, not a high-throughput server: each request runs by itself, and the cache passes through host
+memory at every step. Needs the package tokenizers in the server's Python.
 """
 
 import json
@@ -54,7 +54,8 @@ class TritonPythonModel:
             name: np.zeros((1, heads, 0, dim), dtype=self.settings["cache_dtype"])
             for name, (heads, dim) in self.settings["cache"].items()
         }
-        new, ids = [], prompt
+        new: list[int] = []
+        ids = prompt
         while len(new) < max_tokens:
             logits, cache = self._step(ids, cache, past=len(prompt) + len(new) - len(ids))
             token = choose(logits, temperature, random)
