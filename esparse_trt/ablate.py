@@ -54,6 +54,7 @@ VARIANTS = (
     Variant("e_sparse, global off", {}, {"global": "none"}),
     Variant("e_sparse, global sorted", {}, {"global": "sort"}),
     Variant("e_sparse, local off", {}, {"local": None}),
+    Variant("e_sparse, objective score", {}, {"objective": "score"}),
     Variant("e_sparse, residual shared", {}, {"residual": "shared"}),
     Variant("e_sparse, residual none", {}, {"residual": "none"}),
 )
@@ -165,7 +166,7 @@ def _chosen(only: Iterable[str] | None) -> tuple[Variant, ...]:
 def _section(base: PruneSection, variant: Variant) -> PruneSection:
     """The recipe's prune section with E-Sparse and both shuffles on, less what the variant changes."""
     local = base.permute.local or LocalShuffle()
-    both = {"global": "deal", "local": local.model_dump(), "residual": "gather"}
+    both = {"global": "deal", "local": local.model_dump(), "residual": "gather", "objective": "error"}
     score = {**base.score.model_dump(), "method": "e_sparse", "entropy": True, **variant.score}
     return PruneSection.model_validate(
         {**base.model_dump(by_alias=True), "score": score, "permute": {**both, **variant.permute}}

@@ -62,7 +62,7 @@ class Record(BaseModel):
 
 
 class KeptScore(Record):
-    """Share of the total score that an N:M mask keeps, in [0, 1]."""
+    """Share of the permutation objective (squared or plain scores) that the N:M mask keeps, in [0, 1]."""
 
     natural: float = Field(description="original channel order")
     global_: float = Field(description="after the global naive shuffle")
@@ -212,12 +212,19 @@ class Fidelity(Record):
 
     a: str
     b: str
-    limit_logits: float = Field(description="largest relative L2 distance of the logits that rounding explains")
+    limit_logits: float = Field(
+        description="largest relative L2 distance of the logits that rounding explains"
+    )
     limit_layer: float = Field(description="the same for one layer")
     logits: Comparison = Field(description="all positions, prefill and decode, from tokens to logits")
     layers: list[Comparison] = Field(
         description="outputs of linear layers and decoder blocks in execution order, each block given the same "
         "input in both runtimes; empty where a runtime does not show them"
+    )
+    rounding: dict[str, float] = Field(
+        default_factory=dict,
+        description="of what is above its limit in fp16: relative L2 distance of `a` from the same in fp32; up to "
+        "twice that, and five limits, is accepted as rounding",
     )
     first_divergence: str | None = Field(description="the first layer above its limit, or the logits")
     passed: bool

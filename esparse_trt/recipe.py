@@ -146,6 +146,11 @@ class PermuteSection(Section):
         description="Layers that read the residual stream: own permutation and a runtime gather, one shared "
         "permutation for the whole model, or none",
     )
+    objective: Literal["error", "score"] = Field(
+        "error",
+        description="What the permutations keep as much of as they can: squared scores, which for norm-based "
+        "scores is to lose the least output error, or plain scores",
+    )
 
 
 class LayerSelection(Section):

@@ -54,7 +54,7 @@ from esparse_trt.graph.plan import load_plan, undo
 from esparse_trt.progress import note, track
 from esparse_trt.recipe import Recipe, TextSelf
 
-_TOKENS = 128  # of the text that graphs are compared on; the last one is a decode step
+_TOKENS = 64  # of the text that graphs are compared on; the last one is a decode step
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """Choosing permutations of input channels that make N:M pruning lose less (DESIGN section 5).
 
-A permutation is chosen to raise the *kept score*: what the best N:M mask of the permuted scores keeps.
+A permutation is chosen to raise the *kept score*: what the best N:M mask of the permuted scores keeps. By
+default it is the squares of the scores that are kept: of |W_ij|·‖X_j‖₂ the pruned squares sum to the layer's
+squared output error, as far as its inputs are uncorrelated. Keeping much of the plain scores may still mean
+losing a few large ones. `objective: score` is the paper's. Squaring changes no mask, only permutations.
 
 Global naive shuffle. Channels are ranked by descending mean score and dealt out: with G = K/m groups, rank r
 goes to group r mod G, slot r div G, so that every group holds one channel of each rank band. (`sort` lays the
@@ -29,6 +32,11 @@ class Choice(NamedTuple):
     final: Tensor
 
 
+def objective(scores: Tensor, section: PermuteSection) -> Tensor:
+    """What a permutation is to keep of the scores, elementwise."""
+    return scores.square() if section.objective == "error" else scores
+
+
 def choose(scores: Tensor, pattern: Pattern, section: PermuteSection) -> Choice:
     """Choose a permutation for each of B independent problems.
 
@@ -38,6 +46,7 @@ def choose(scores: Tensor, pattern: Pattern, section: PermuteSection) -> Choice:
     Returns:
         permutations [B, K].
     """
+    scores = objective(scores, section)
     start = _GLOBAL[section.global_](scores, pattern)
     if section.local is None:
         return Choice(start, start)

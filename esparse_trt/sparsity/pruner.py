@@ -198,6 +198,7 @@ class Pruner:
                 mask = nm_mask(own[:, choice.final], self.pattern)[:, position]
                 weights[layer.name].mul_(mask)
                 result.masks[layer.name] = mask.cpu()
+                own = permute.objective(own, self.section.permute)
                 kept = KeptScore(
                     natural=kept_score(own, self.pattern),
                     global_=kept_score(own[:, choice.global_], self.pattern),

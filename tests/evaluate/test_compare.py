@@ -262,7 +262,7 @@ def test_without_any_text(fp32):
     """Calibration on the model's own text leaves none on disk: random tokens serve for comparing graphs."""
     recipe = change(fp32[0], calibration={"text": TextSelf(source="self")})
     record = run((recipe, *fp32[1:]), text=None, layers=False)
-    assert record.feed.startswith("random tokens: prefill of 127 tokens")
+    assert record.feed.startswith("random tokens: prefill of 63 tokens")
     check_fidelity(record)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from esparse_trt.artifacts import BuildDir, Comparison, EngineFile, EngineRecord
 from esparse_trt.errors import CheckFailed
 from esparse_trt.evaluate import engines as engine_module
 from esparse_trt.evaluate.engines import compare_engines
-from esparse_trt.evaluate.fidelity import LIMITS, _float32, compare_with_torch, explain, judge
+from esparse_trt.evaluate.fidelity import LIMITS, Limits, _float32, compare_with_torch, explain, judge
 from esparse_trt.evaluate.runtimes import Steps, run_steps
 from esparse_trt.evaluate.sections import SectionResult, block_of
 
@@ -66,7 +67,7 @@ def test_fp32_arithmetic_on_fp16_weights(half, tiny_llama):
     """Block by block the same as the whole model in fp32, and the model is left as it was."""
     before = {name: tensor.clone() for name, tensor in half.state_dict().items()}
     widened = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16).eval().float()
-    with _float32(half):
+    with torch.inference_mode(), _float32(half):
         found = half(input_ids=IDS).logits
         assert half.model.layers[0].mlp.up_proj.weight.dtype == torch.float16  # narrow again after its turn
     with torch.no_grad():
@@ -80,8 +81,8 @@ def test_fp32_arithmetic_on_fp16_weights(half, tiny_llama):
     )
 
 
-def torch_sections(model, ids: torch.Tensor, change=lambda name, array: array) -> list[SectionResult]:
-    """What ONNX Runtime would give, from PyTorch in fp32; `change` spoils it."""
+def run_elsewhere(model, arithmetic, change=lambda name, x: x) -> tuple[list[SectionResult], np.ndarray]:
+    """What another runtime would give: PyTorch in some arithmetic, spoiled by `change`."""
     outputs: dict[str, np.ndarray] = {}
 
     def keep(name):
@@ -94,43 +95,71 @@ def torch_sections(model, ids: torch.Tensor, change=lambda name, array: array) -
 
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     names += [f"model.layers.{i}" for i in range(2)]
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    with _float32(model):
-        model(input_ids=ids)
-    for handle in handles:
-        handle.remove()
+    with torch.inference_mode(), arithmetic(model):
+        logits = model(input_ids=IDS).logits.numpy()
+        handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+        model(input_ids=IDS[:, :-1])
+        for handle in handles:
+            handle.remove()
     by_block: dict[str | None, dict[str, np.ndarray]] = {}
     for name, array in outputs.items():
         by_block.setdefault(block_of(name), {})[name] = array
-    return [SectionResult(block, found) for block, found in by_block.items()]
+    return [SectionResult(block, found) for block, found in by_block.items()], logits
 
 
-def torch_logits(model) -> np.ndarray:
-    with _float32(model):
-        return model(input_ids=IDS).logits.numpy()
-
-
-def test_the_same_model_agrees_to_the_last_bit(half):
-    check = compare_with_torch(
-        half, torch_sections(half, IDS[:, :-1]), torch_logits(half), IDS, LIMITS["float32"], a="a", b="b"
-    )
+def test_the_same_arithmetic_agrees_to_the_last_bit(half):
+    sections, logits = run_elsewhere(half, nullcontext)
+    check = compare_with_torch(half, sections, logits, IDS, Limits(0, 0), a="a", b="b")
     assert check.passed and check.logits.relative_l2 == 0
     leaves = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
               "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
     blocks = [[*(f"model.layers.{i}.{leaf}" for leaf in leaves), f"model.layers.{i}"] for i in range(2)]
     assert [item.name for item in check.layers] == [*blocks[0], *blocks[1], "lm_head"]
     assert all(item.relative_l2 == 0 for item in check.layers)
+    assert check.rounding == {}
+
+
+CULPRIT = "model.layers.0.self_attn.o_proj"
 
 
 def test_a_block_that_is_wrong_does_not_taint_the_ones_after_it(half):
     """Each block is given the input that the other runtime gave it, so only the culprit stands out."""
-    culprit = "model.layers.0.self_attn.o_proj"
-    sections = torch_sections(half, IDS[:, :-1], lambda name, x: x * 1.5 if name == culprit else x)
-    check = compare_with_torch(half, sections, torch_logits(half), IDS, LIMITS["float32"], a="a", b="b")
-    assert (check.passed, check.first_divergence) == (False, culprit)
-    wrong = [item.name for item in check.layers if item.relative_l2 > 1e-5]
-    assert wrong and all(name.startswith("model.layers.0") for name in wrong)
-    assert "model.layers.1.mlp.down_proj" not in wrong and "lm_head" not in wrong
+    sections, logits = run_elsewhere(half, nullcontext, lambda name, x: x * 1.5 if name == CULPRIT else x)
+    check = compare_with_torch(half, sections, logits, IDS, LIMITS["float16"], a="a", b="b")
+    assert (check.passed, check.first_divergence) == (False, CULPRIT)
+    wrong = [item.name for item in check.layers if item.relative_l2 > 0]
+    assert wrong[0] == CULPRIT and all(name.startswith("model.layers.0") for name in wrong)
+
+
+def test_what_is_above_the_limit_by_rounding_alone_passes(half):
+    """The other runtime computes in fp32: all that it differs by is the rounding of fp16."""
+    sections, logits = run_elsewhere(half, _float32)
+    check = compare_with_torch(half, sections, logits, IDS, Limits(2e-4, 2e-4), a="a", b="b")
+    suspects = {item.name: item for item in [*check.layers, check.logits] if item.relative_l2 > 2e-4}
+    assert check.passed and check.rounding.keys() == suspects.keys() and CULPRIT in suspects
+    for name, item in suspects.items():
+        assert check.rounding[name] == pytest.approx(item.relative_l2, rel=1e-2)
+
+
+def test_rounding_excuses_no_mistake(half):
+    sections, logits = run_elsewhere(half, _float32, lambda name, x: x * 1.01 if name == CULPRIT else x)
+    check = compare_with_torch(half, sections, logits, IDS, Limits(2e-4, 2e-4), a="a", b="b")
+    assert (check.passed, check.first_divergence) == (False, CULPRIT)
+    assert check.rounding[CULPRIT] < 1e-3
+
+
+@pytest.mark.parametrize(("rounding", "passed"), [(0.9e-3, False), (1.6e-3, True), (1.0, True)])
+@pytest.mark.parametrize("name", ["k", "logits"])
+def test_relief_is_twice_the_rounding(name, rounding, passed):
+    layers = [error("k", 3e-3)] if name == "k" else []
+    logits = error("logits", 3e-3 if name == "logits" else 0)
+    check = judge("a", "b", logits, layers, Limits(2e-3, 2e-3), {name: rounding})
+    assert (check.passed, check.first_divergence) == (passed, None if passed else name)
+
+
+def test_relief_ends_at_five_limits():
+    check = judge("a", "b", error("logits", 0), [error("k", 1.01e-2)], LIMITS["float16"], {"k": 1.0})
+    assert check.first_divergence == "k"
 
 
 # --- engines ---------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ engines there with the package's engine stage, runs both ONNX files through ONNX
 expected outputs, and packs engines, expectations and TensorRT-RTX for the other machine's Python into one tar
 file, beside it the same cut into pieces (`bundle.tar.00`, ...; `cat` puts them together). `run` unpacks it
 into a temporary folder and replays prefill and decode steps; each step's cache is the engine's own output of
-the step before. It prints a table, writes `engines_on_gpu.json` and fails above the limit.
+the step before. It prints a table, writes `engines_on_gpu.json` and fails above the limit;
+`tests/gpu/results/engines_h100.json` is what it wrote for the quickstart on an H100.
 """
 
 from __future__ import annotations

@@ -162,7 +162,9 @@ def test_a_missing_tensor_is_named(build: SimpleNamespace) -> None:
 def test_a_wrong_shape_is_named(build: SimpleNamespace) -> None:
     linears = {**build.exported.linears, DOWN: DOWN.replace("down", "up") + ".weight"}
     exported = build.exported.model_copy(update={"linears": linears})
-    with pytest.raises(CheckFailed, match=r"shape \[32, 48\], but the layer that was pruned needs \[48, 32\]"):
+    with pytest.raises(
+        CheckFailed, match=r"shape \[32, 48\], but the layer that was pruned needs \[48, 32\]"
+    ):
         certify(build.recipe, build.folder, build.pruned, exported)
     rewrite(build.folder.sparse_onnx, f"{DOWN}.weight", lambda values: values[:44])
     with pytest.raises(EsparseError, match="shapes in the ONNX file contradict each other"):

@@ -42,13 +42,26 @@ def test_planted_clusters_are_spread(pattern):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("start", ["deal", "sort", "none"])
-def test_local_never_lowers_what_global_reached(pattern, start):
+@pytest.mark.parametrize("objective", ["error", "score"])
+def test_local_never_lowers_what_global_reached(pattern, start, objective):
     scores = torch.rand(2, 20, 80) * torch.rand(80).exp()
-    choice = permute.choose(scores, pattern, section(**{"global": start, "local": {"block": 32}}))
+    settings = section(**{"global": start, "local": {"block": 32}, "objective": objective})
+    choice = permute.choose(scores, pattern, settings)
     for i in range(2):
         assert torch.equal(choice.final[i].sort().values, torch.arange(80))
-        before, after = (kept_score(scores[i][:, p[i]], pattern) for p in choice)
+        value = scores[i].square() if objective == "error" else scores[i]
+        before, after = (kept_score(value[:, p[i]], pattern) for p in choice)
         assert after > before
+
+
+def test_squares_lose_less_of_the_squares_and_plain_scores_less_of_the_scores():
+    scores = torch.rand(1, 40, 64).pow(4)
+    error, plain = (
+        permute.choose(scores, Pattern(2, 4), section(objective=o)).final[0] for o in ("error", "score")
+    )
+    squares = scores[0].square()
+    assert kept_score(squares[:, error], Pattern(2, 4)) > kept_score(squares[:, plain], Pattern(2, 4))
+    assert kept_score(scores[0][:, error], Pattern(2, 4)) < kept_score(scores[0][:, plain], Pattern(2, 4))
 
 
 def test_none_is_identity():
