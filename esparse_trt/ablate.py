@@ -43,6 +43,11 @@ class Variant:
     score: dict[str, Any] = field(default_factory=dict)
     permute: dict[str, Any] = field(default_factory=dict)
 
+    def settings(self) -> dict[str, Any]:
+        """The changes by dotted recipe key."""
+        score = {f"score.{key}": value for key, value in self.score.items()}
+        return score | {f"permute.{key}": value for key, value in self.permute.items()}
+
 
 VARIANTS = (
     Variant("magnitude", {"method": "magnitude"}, _UNPERMUTED),
@@ -54,6 +59,7 @@ VARIANTS = (
     Variant("e_sparse, global off", {}, {"global": "none"}),
     Variant("e_sparse, global sorted", {}, {"global": "sort"}),
     Variant("e_sparse, local off", {}, {"local": None}),
+    Variant("e_sparse, local full width", {}, {"local": {"block": 1 << 20}}),
     Variant("e_sparse, objective score", {}, {"objective": "score"}),
     Variant("e_sparse, residual shared", {}, {"residual": "shared"}),
     Variant("e_sparse, residual none", {}, {"residual": "none"}),
@@ -97,7 +103,7 @@ def run_ablation(recipe: Recipe, out: Path, *, only: Iterable[str] | None = None
         )
         for variant in variants:
             section = _section(recipe.prune, variant)
-            settings = section.model_dump(mode="json", by_alias=True, include={"score", "permute"})
+            settings = variant.settings()
             if any(row.name == variant.name and row.settings == settings for row in table.rows):
                 note(f"[dim]{variant.name}: already measured[/]", variant=variant.name, status="resumed")
                 continue

@@ -33,6 +33,7 @@ from esparse_trt.recipe import LayerSelection, Recipe
 from esparse_trt.sparsity.models import family_of
 
 _BASE = 0.8 * 2**30  # Python with torch, transformers and ONNX Runtime loaded
+_VERIFY = 1.0 * 2**30  # logits of a window in float64, and the arenas of two ONNX Runtime sessions
 GIB = 2**30
 
 
@@ -130,6 +131,6 @@ def _memory(recipe: Recipe, model: nn.Module, config: PretrainedConfig, paramete
         "export": 3 * 4 * largest,
         "fold": runtime + 3 * 4 * largest,
         "engine": 3 * parameters * _width(recipe) if recipe.engine.flavour != "none" else 0,
-        "verify": 2 * runtime,
+        "verify": _VERIFY + 2 * runtime,
     }
     return {name: _BASE + extra for name, extra in need.items()}

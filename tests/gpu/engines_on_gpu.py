@@ -1,7 +1,7 @@
 """Build the engines of a finished build where there is no GPU, run them on a machine that has one, compare.
 
-    python tests/gpu/engines_on_gpu.py pack build/quickstart .gpu        # any machine with PyPI; no GPU
-    python3 tests/gpu/engines_on_gpu.py run .gpu/bundle.tar results      # machine with a GPU; no network
+    python tests/gpu/engines_on_gpu.py pack build/quickstart build/gpu   # any machine with PyPI; no GPU
+    python3 tests/gpu/engines_on_gpu.py run build/gpu/bundle.tar results  # machine with a GPU; no network
 
 `pack` makes an environment of its own with TensorRT-RTX 1.6.1 (1.7.1 refuses to run on an H100), builds both
 engines there with the package's engine stage, runs both ONNX files through ONNX Runtime on the CPU for the

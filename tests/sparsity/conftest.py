@@ -49,9 +49,10 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """These models are so small that a second thread only waits."""
+def one_thread_and_seed() -> None:
+    """These models are so small that a second thread only waits; random inputs are the same in every run."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
