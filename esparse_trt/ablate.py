@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from esparse_trt.artifacts import Ablation, AblationRow, BuildDir, write_atomic
+from esparse_trt.artifacts import BuildDir, write_atomic
 from esparse_trt.errors import EsparseError
 from esparse_trt.evaluate.perplexity import compare_distributions, log_ratio, perplexity, torch_logits
 from esparse_trt.model import load_model, load_tokenizer, resolve
 from esparse_trt.progress import note
 from esparse_trt.recipe import LocalShuffle, PruneSection, Recipe, TextFile, TextSelf
+from esparse_trt.records import Ablation, AblationRow
 from esparse_trt.sparsity.blockwise import resolve_device
 from esparse_trt.sparsity.prune import Pruned, prune_model
 from esparse_trt.text import evaluation_windows, token_windows

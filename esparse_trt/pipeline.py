@@ -16,21 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from esparse_trt import system
-from esparse_trt.artifacts import (
-    BuildDir,
-    CertifyRecord,
-    DeployRecord,
-    EngineRecord,
-    ExportRecord,
-    FoldRecord,
-    Manifest,
-    PruneRecord,
-    Record,
-    ReportRecord,
-    StageEntry,
-    VerifyRecord,
-    write_atomic,
-)
+from esparse_trt.artifacts import BuildDir, Manifest, StageEntry, write_atomic
 from esparse_trt.deploy.triton import deploy
 from esparse_trt.engine.build import build_engines
 from esparse_trt.errors import EsparseError
@@ -41,6 +27,17 @@ from esparse_trt.graph.export import export
 from esparse_trt.graph.fold import fold
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe, load_recipe
+from esparse_trt.records import (
+    CertifyRecord,
+    DeployRecord,
+    EngineRecord,
+    ExportRecord,
+    FoldRecord,
+    PruneRecord,
+    Record,
+    ReportRecord,
+    VerifyRecord,
+)
 from esparse_trt.sparsity.prune import prune
 from esparse_trt.workspace import claim
 

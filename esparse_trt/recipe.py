@@ -279,8 +279,8 @@ class DeploySection(Section):
     )
     backend: Literal["auto", "tensorrt", "onnxruntime", "python"] = Field(
         "auto",
-        description="auto: the engine if TensorRT proper built it, else the ONNX model; python: ONNX Runtime on "
-        "the CPU inside Triton's Python backend, for servers without the onnxruntime backend",
+        description="auto: the engine if TensorRT proper built it, else the ONNX model; python: ONNX Runtime "
+        "on the CPU inside Triton's Python backend, for servers without the onnxruntime backend",
     )
     text: bool = Field(
         True, description="Add a model that takes and returns text, next to the one on tensors"
@@ -294,7 +294,9 @@ class DeploySection(Section):
 class Recipe(Section):
     """A whole recipe."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the build; default: the file's name")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the build; default: the file's name"
+    )
     description: str = Field("", description="One line for people")
     model: ModelSection
     calibration: CalibrationSection

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from esparse_trt.artifacts import (
+from esparse_trt.artifacts import Manifest
+from esparse_trt.records import (
     CertifyRecord,
     DeployRecord,
     EngineRecord,
     FoldRecord,
-    Manifest,
     PruneRecord,
     VerifyRecord,
 )
@@ -23,27 +25,31 @@ def print_summary(console: Console, manifest: Manifest, folder: Path) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
+    for label, text in _rows(manifest, folder):
+        table.add_row(label, Text(text))  # as it is: brackets, as in esparse-trt[rtx], are no markup
+    console.print(table)
+
+
+def _rows(manifest: Manifest, folder: Path) -> Iterator[tuple[str, str]]:
     done = manifest.stages
     if "prune" in done:
-        table.add_row("pruned", _pruned(manifest.record("prune", PruneRecord)))
+        yield "pruned", _pruned(manifest.record("prune", PruneRecord))
     if "fold" in done:
         folded = manifest.record("fold", FoldRecord)
-        table.add_row("folded", f"{folded.folded} permutations are free, {len(folded.kept)} stay as Gather")
+        yield "folded", f"{folded.folded} permutations are free, {len(folded.kept)} stay as Gather"
     if "certify" in done:
         certified = manifest.record("certify", CertifyRecord)
-        table.add_row("certified", f"{len(certified.tensors)} tensors are {certified.pattern} along K")
+        yield "certified", f"{len(certified.tensors)} tensors are {certified.pattern} along K"
     if "engine" in done:
-        table.add_row("engines", _engines(manifest.record("engine", EngineRecord)))
+        yield "engines", _engines(manifest.record("engine", EngineRecord))
     if "verify" in done:
-        for label, text in _verified(manifest.record("verify", VerifyRecord)):
-            table.add_row(label, text)
+        yield from _verified(manifest.record("verify", VerifyRecord))
     if "report" in done:
-        table.add_row("report", str(folder / "report.html"))
+        yield "report", str(folder / "report.html")
     if "deploy" in done:
         deployed = manifest.record("deploy", DeployRecord)
-        table.add_row("deploy", f"{folder / 'model_repository'} ({deployed.backend}: {deployed.reason})")
-    table.add_row("time", f"{sum(stage.seconds for stage in done.values()):.0f} s")
-    console.print(table)
+        yield "deploy", f"{folder / 'model_repository'} ({deployed.backend}: {deployed.reason})"
+    yield "time", f"{sum(stage.seconds for stage in done.values()):.0f} s"
 
 
 def _pruned(record: PruneRecord) -> str:

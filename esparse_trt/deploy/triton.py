@@ -32,11 +32,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from esparse_trt import model as models
-from esparse_trt.artifacts import BuildDir, DeployRecord, EngineRecord, ExportRecord, TensorSpec
+from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph.feeds import PAST, PRESENT
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe
+from esparse_trt.records import DeployRecord, EngineRecord, ExportRecord, TensorSpec
 
 IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"  # ONNX Runtime 1.27, Python 3.12
 DTYPES = {"float16": "TYPE_FP16", "float32": "TYPE_FP32", "int64": "TYPE_INT64", "int32": "TYPE_INT32"}

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from esparse_trt.artifacts import BuildDir, EngineFile, EngineRecord, ExportRecord, sha256_file, write_atomic
+from esparse_trt.artifacts import BuildDir, sha256_file, write_atomic
 from esparse_trt.engine import flavour as flavours
 from esparse_trt.engine.flavour import Flavour
 from esparse_trt.engine.logs import captured, gist
@@ -21,6 +21,7 @@ from esparse_trt.engine.shapes import Range, input_ranges
 from esparse_trt.errors import EsparseError
 from esparse_trt.progress import note
 from esparse_trt.recipe import EngineSection, Recipe
+from esparse_trt.records import EngineFile, EngineRecord, ExportRecord
 
 Profiles = Mapping[str, Mapping[str, Range]]
 

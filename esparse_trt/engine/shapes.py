@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from esparse_trt.artifacts import TensorSpec
 from esparse_trt.errors import EsparseError
 from esparse_trt.recipe import Profile
+from esparse_trt.records import TensorSpec
 
 Shape = tuple[int, ...]
 

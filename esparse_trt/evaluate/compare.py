@@ -25,16 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from esparse_trt import model as models
 from esparse_trt import text as texts
-from esparse_trt.artifacts import (
-    BuildDir,
-    Comparison,
-    EngineRecord,
-    ExportRecord,
-    Fidelity,
-    PruneRecord,
-    TaskLevel,
-    VerifyRecord,
-)
+from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import CheckFailed
 from esparse_trt.evaluate.engines import compare_engines
 from esparse_trt.evaluate.fidelity import LIMITS, compare_with_torch, explain
@@ -53,6 +44,15 @@ from esparse_trt.graph.feeds import PRESENT, cache_feed, token_feed
 from esparse_trt.graph.plan import load_plan, undo
 from esparse_trt.progress import note, track
 from esparse_trt.recipe import Recipe, TextSelf
+from esparse_trt.records import (
+    Comparison,
+    EngineRecord,
+    ExportRecord,
+    Fidelity,
+    PruneRecord,
+    TaskLevel,
+    VerifyRecord,
+)
 
 _TOKENS = 64  # of the text that graphs are compared on; the last one is a decode step
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from esparse_trt.artifacts import BuildDir, EngineRecord, ExportRecord, Fidelity, TensorSpec
+from esparse_trt.artifacts import BuildDir
 from esparse_trt.engine.flavour import TITLE
 from esparse_trt.engine.runner import EngineRunner, choose_profile
 from esparse_trt.evaluate.fidelity import Limits, judge
 from esparse_trt.evaluate.figures import compare_arrays
 from esparse_trt.evaluate.runtimes import onnx_steps, run_steps
 from esparse_trt.graph.feeds import cache_feed, token_feed
+from esparse_trt.records import EngineRecord, ExportRecord, Fidelity, TensorSpec
 
 
 def compare_engines(

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from esparse_trt.artifacts import Comparison, Fidelity
 from esparse_trt.errors import CheckFailed
 from esparse_trt.evaluate.figures import compare_arrays
 from esparse_trt.evaluate.sections import SectionResult, block_index, block_of
+from esparse_trt.records import Comparison, Fidelity
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from esparse_trt.evaluate import plots
 
 if TYPE_CHECKING:
-    from esparse_trt.artifacts import Comparison
     from esparse_trt.evaluate.report import Report
+    from esparse_trt.records import Comparison
 
 
 class Check(NamedTuple):

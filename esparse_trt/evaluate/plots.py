@@ -20,7 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from esparse_trt.artifacts import Ablation, ChannelProfile, Comparison, LayerRecord
+from esparse_trt.records import Ablation, ChannelProfile, Comparison, LayerRecord
 
 INK, MUTED, GRID = "#0a0a01", "#0a0a02", "#0a0a03"
 WIDTH = 10.6  # inches; on a desktop the text of a drawing is then as large as that of the tables

@@ -11,9 +11,12 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from esparse_trt.artifacts import (
+from esparse_trt.artifacts import BuildDir, Manifest, write_atomic
+from esparse_trt.errors import EsparseError
+from esparse_trt.evaluate.page import render
+from esparse_trt.recipe import Recipe
+from esparse_trt.records import (
     Ablation,
-    BuildDir,
     CertifyRecord,
     Comparison,
     DeployRecord,
@@ -21,17 +24,12 @@ from esparse_trt.artifacts import (
     ExportRecord,
     FoldRecord,
     LayerRecord,
-    Manifest,
     PruneRecord,
     Record,
     ReportRecord,
     TaskLevel,
     VerifyRecord,
-    write_atomic,
 )
-from esparse_trt.errors import EsparseError
-from esparse_trt.evaluate.page import render
-from esparse_trt.recipe import Recipe
 
 NEEDED = ("prune", "export", "fold", "certify", "engine", "verify")  # `deploy` runs after the report
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}

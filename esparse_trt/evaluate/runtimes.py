@@ -16,9 +16,9 @@ from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
-from esparse_trt.artifacts import TensorSpec
 from esparse_trt.evaluate.perplexity import LogitsFn
 from esparse_trt.graph.feeds import cache_feed, next_cache, token_feed
+from esparse_trt.records import TensorSpec
 
 Arrays = dict[str, np.ndarray]
 Runtime = Callable[[Arrays], Arrays]  # graph inputs -> graph outputs

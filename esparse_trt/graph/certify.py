@@ -16,18 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from esparse_trt.artifacts import (
-    BuildDir,
-    CertifiedTensor,
-    CertifyRecord,
-    EngineRecord,
-    ExportRecord,
-    LayerRecord,
-    PruneRecord,
-    load_manifest,
-    sha256_file,
-    write_atomic,
-)
+from esparse_trt.artifacts import BuildDir, load_manifest, sha256_file, write_atomic
 from esparse_trt.checkpoint import weight_files
 from esparse_trt.errors import CheckFailed, EsparseError
 from esparse_trt.graph.certify_file import WeightRow, certify_file, require_conforming, table
@@ -38,6 +27,14 @@ from esparse_trt.graph.weights import Checkpoint
 from esparse_trt.model import load_config
 from esparse_trt.progress import track
 from esparse_trt.recipe import Recipe
+from esparse_trt.records import (
+    CertifiedTensor,
+    CertifyRecord,
+    EngineRecord,
+    ExportRecord,
+    LayerRecord,
+    PruneRecord,
+)
 from esparse_trt.sparsity.pattern import Pattern
 
 __all__ = ["WeightRow", "certify", "certify_build", "certify_file", "require_conforming", "table"]

@@ -11,13 +11,13 @@ from pydantic import Field
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
-from esparse_trt.artifacts import Record
 from esparse_trt.checkpoint import INDEX, weight_files
 from esparse_trt.errors import CheckFailed, EsparseError
 from esparse_trt.graph.graph import OnnxGraph
 from esparse_trt.graph.groups import as_numpy, examine
 from esparse_trt.graph.signature import reduction_axis
 from esparse_trt.progress import track
+from esparse_trt.records import Record
 from esparse_trt.sparsity.pattern import Pattern
 
 _DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8"}  # others hold packed bits or indices

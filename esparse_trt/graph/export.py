@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from esparse_trt import model as models
-from esparse_trt.artifacts import BuildDir, ExportRecord, PruneRecord
+from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph.feeds import read_specs
 from esparse_trt.graph.trace import TracedGraph, trace
@@ -29,6 +29,7 @@ from esparse_trt.graph.weights import Checkpoint, write_model
 from esparse_trt.graph.wrapper import family_of
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe
+from esparse_trt.records import ExportRecord, PruneRecord
 
 
 def export(recipe: Recipe, folder: BuildDir, pruned: PruneRecord) -> ExportRecord:

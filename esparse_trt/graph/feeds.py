@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from esparse_trt.artifacts import TensorSpec
+from esparse_trt.records import TensorSpec
 
 PAST = "past_key_values."
 PRESENT = "present."

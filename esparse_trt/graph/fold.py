@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from esparse_trt.artifacts import BuildDir, ExportRecord, FoldRecord, write_atomic
+from esparse_trt.artifacts import BuildDir, write_atomic
 from esparse_trt.graph.basis import Basis, Refused, change_basis
 from esparse_trt.graph.carry import carry_over
 from esparse_trt.graph.feeds import PAST, PRESENT
@@ -27,6 +27,7 @@ from esparse_trt.graph.proof import LIMITS, compare, example_feeds, outputs
 from esparse_trt.graph.signature import Node, Slot, reduction_axis
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe
+from esparse_trt.records import ExportRecord, FoldRecord
 from esparse_trt.sparsity.pattern import Pattern, conforming_share
 
 

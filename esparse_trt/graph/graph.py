@@ -6,6 +6,7 @@ them one by one, so that neither needs more memory than the largest tensor, what
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,9 +62,8 @@ class OnnxGraph:
         self.producers: dict[str, NodeProto] = {name: n for n in graph.node for name in n.output if name}
         self.consumers: dict[str, list[NodeProto]] = {}
         for node in graph.node:
-            for name in dict.fromkeys([*node.input, *captured(node)]):
-                if name:
-                    self.consumers.setdefault(name, []).append(node)
+            for name in reads(node):
+                self.consumers.setdefault(name, []).append(node)
 
     def read(self, name: str) -> NDArray:
         """The values of an initializer."""
@@ -88,8 +88,12 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
     return default
 
 
-def captured(node: NodeProto) -> list[str]:
-    """Every name that control flow inside a node mentions: it may read them from the graph around it."""
+def reads(node: NodeProto) -> list[str]:
+    """The tensors that a node reads; of control flow also every name inside, as it may come from outside."""
+    return [name for name in dict.fromkeys([*node.input, *_inside(node)]) if name]
+
+
+def _inside(node: NodeProto) -> list[str]:
     graphs: list[GraphProto] = []
     for item in node.attribute:
         graphs += [item.g] if item.type == AttributeProto.GRAPH else []
@@ -98,7 +102,7 @@ def captured(node: NodeProto) -> list[str]:
     for graph in graphs:
         names += [value.name for value in graph.output]
         for inner in graph.node:
-            names += [*inner.input, *captured(inner)]
+            names += reads(inner)
     return names
 
 
@@ -145,6 +149,11 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
 # --- tensors -------------------------------------------------------------------------------------------
 
 
+def tensor_bytes(tensor: TensorProto) -> int:
+    """Size of a tensor's values."""
+    return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
 def read_tensor(tensor: TensorProto, model: Path) -> NDArray:
     """The values of a tensor of the ONNX file `model`, from the file itself or its external data.
 
@@ -156,7 +165,7 @@ def read_tensor(tensor: TensorProto, model: Path) -> NDArray:
     info = external_data_helper.ExternalDataInfo(tensor)
     path = model.parent / info.location
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    count = int(np.prod(tensor.dims, dtype=np.int64))
+    count = math.prod(tensor.dims)
     try:
         values = np.fromfile(path, dtype=dtype, count=count, offset=info.offset or 0)
     except OSError as error:

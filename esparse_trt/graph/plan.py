@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from esparse_trt.artifacts import Record
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph.basis import Basis, change_basis
+from esparse_trt.records import Record
 
 
 class TensorBasis(Record):

@@ -25,8 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from esparse_trt.artifacts import ChannelProfile, LayerRecord, write_atomic
+from esparse_trt.artifacts import write_atomic
 from esparse_trt.errors import EsparseError
+from esparse_trt.records import ChannelProfile, LayerRecord
 from esparse_trt.sparsity.permute import Choice
 from esparse_trt.sparsity.pruner import Pruned
 

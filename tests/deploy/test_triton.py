@@ -17,11 +17,12 @@ import pytest
 from google.protobuf import text_format
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from esparse_trt.artifacts import BuildDir, EngineFile, EngineRecord, ExportRecord, TensorSpec
+from esparse_trt.artifacts import BuildDir
 from esparse_trt.deploy import triton
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph.feeds import read_specs
 from esparse_trt.recipe import Recipe, parse_recipe
+from esparse_trt.records import EngineFile, EngineRecord, ExportRecord, TensorSpec
 
 
 def load_file(path: Path) -> ModuleType:

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from esparse_trt.artifacts import BuildDir, EngineRecord, ExportRecord
+from esparse_trt.artifacts import BuildDir
 from esparse_trt.deploy.triton import deploy
 from esparse_trt.graph.feeds import read_specs
 from esparse_trt.recipe import parse_recipe
+from esparse_trt.records import EngineRecord, ExportRecord
 
 SERVER = os.environ.get("ESPARSE_TRITONSERVER")
 pytestmark = pytest.mark.skipif(not SERVER, reason="ESPARSE_TRITONSERVER names no server")

@@ -13,7 +13,7 @@ from polygraphy.comparator import RunResults
 from polygraphy.json import load_json
 from transformers import AutoModelForCausalLM
 
-from esparse_trt.artifacts import BuildDir, EngineRecord, ExportRecord, PruneRecord, VerifyRecord
+from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import CheckFailed, EsparseError
 from esparse_trt.evaluate.compare import check_fidelity, check_gate, verify
 from esparse_trt.evaluate.perplexity import compare_distributions, torch_logits
@@ -21,6 +21,7 @@ from esparse_trt.graph.export import export
 from esparse_trt.graph.fold import fold
 from esparse_trt.model import load_tokenizer
 from esparse_trt.recipe import Recipe, TextSelf, load_recipe, parse_recipe
+from esparse_trt.records import EngineRecord, ExportRecord, PruneRecord, VerifyRecord
 from esparse_trt.sparsity.prune import prune
 from esparse_trt.text import evaluation_windows
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from esparse_trt.artifacts import BuildDir, Comparison, EngineFile, EngineRecord, ExportRecord, TensorSpec
+from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import CheckFailed
 from esparse_trt.evaluate import engines as engine_module
 from esparse_trt.evaluate.engines import compare_engines
 from esparse_trt.evaluate.fidelity import LIMITS, Limits, _float32, compare_with_torch, explain, judge
 from esparse_trt.evaluate.runtimes import Steps, run_steps
 from esparse_trt.evaluate.sections import SectionResult, block_of
+from esparse_trt.records import Comparison, EngineFile, EngineRecord, ExportRecord, TensorSpec
 
 
 def error(name: str, relative_l2: float) -> Comparison:

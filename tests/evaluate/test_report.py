@@ -12,10 +12,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from esparse_trt.artifacts import (
+from esparse_trt.artifacts import BuildDir, Manifest, StageEntry
+from esparse_trt.errors import EsparseError
+from esparse_trt.evaluate import page, plots
+from esparse_trt.evaluate.report import Report, assemble, report, report_schema
+from esparse_trt.recipe import Recipe, parse_recipe
+from esparse_trt.records import (
     Ablation,
     AblationRow,
-    BuildDir,
     CertifiedTensor,
     CertifyRecord,
     ChannelProfile,
@@ -27,18 +31,12 @@ from esparse_trt.artifacts import (
     FoldRecord,
     KeptScore,
     LayerRecord,
-    Manifest,
     PruneRecord,
     Record,
-    StageEntry,
     TaskLevel,
     TensorSpec,
     VerifyRecord,
 )
-from esparse_trt.errors import EsparseError
-from esparse_trt.evaluate import page, plots
-from esparse_trt.evaluate.report import Report, assemble, report, report_schema
-from esparse_trt.recipe import Recipe, parse_recipe
 
 SITES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -78,10 +78,11 @@ def pack(build: Path, out: Path, python: str, piece_mib: int) -> None:
 
 def build_engines_and_expectations(build: Path, work: Path) -> None:
     """In the environment: `work/engine/*.plan` and `work/expected.npz`."""
-    from esparse_trt.artifacts import BuildDir, ExportRecord, load_manifest
+    from esparse_trt.artifacts import BuildDir, load_manifest
     from esparse_trt.engine.build import build_engines
     from esparse_trt.progress import configure
     from esparse_trt.recipe import Recipe
+    from esparse_trt.records import ExportRecord
 
     configure("rich")
     manifest = load_manifest(BuildDir(build))

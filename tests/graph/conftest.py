@@ -25,12 +25,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from esparse_trt.artifacts import BuildDir, ExportRecord, LayerRecord, PruneRecord
+from esparse_trt.artifacts import BuildDir
 from esparse_trt.graph.export import insert_permutations
 from esparse_trt.graph.feeds import read_specs
 from esparse_trt.graph.trace import trace
 from esparse_trt.graph.weights import Checkpoint, write_model
 from esparse_trt.recipe import Recipe, parse_recipe
+from esparse_trt.records import ExportRecord, LayerRecord, PruneRecord
 from esparse_trt.sparsity.pattern import Pattern, nm_mask
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
-from esparse_trt.artifacts import CertifyRecord, EngineFile, EngineRecord, Manifest, StageEntry, sha256_file
+from esparse_trt.artifacts import Manifest, StageEntry, sha256_file
 from esparse_trt.errors import CheckFailed, EsparseError
 from esparse_trt.graph import groups
 from esparse_trt.graph.certify import certify, certify_build, certify_file, require_conforming, table
 from esparse_trt.graph.fold import fold
 from esparse_trt.graph.graph import OnnxGraph, write_model
+from esparse_trt.records import CertifyRecord, EngineFile, EngineRecord
 from esparse_trt.sparsity.pattern import Pattern, nm_mask
 
 DOWN = "model.layers.1.mlp.down_proj"

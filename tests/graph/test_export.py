@@ -29,13 +29,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from esparse_trt.artifacts import BuildDir, ExportRecord, LayerRecord, PruneRecord
+from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph.export import export, export_models, insert_permutations, read_permutations
 from esparse_trt.graph.feeds import cache_feed, example_feed, next_cache, token_feed
 from esparse_trt.graph.trace import TracedGraph, trace
 from esparse_trt.graph.wrapper import FAMILIES
 from esparse_trt.recipe import parse_recipe
+from esparse_trt.records import ExportRecord, LayerRecord, PruneRecord
 
 SIZES = {
     "vocab_size": 320,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from esparse_trt.artifacts import TensorSpec
 from esparse_trt.graph.feeds import cache_feed, example_feed, next_cache, token_feed
+from esparse_trt.records import TensorSpec
 
 TOKENS = ["input_ids", "attention_mask", "position_ids"]
 INPUTS = [TensorSpec(name=name, dtype="int64", shape=["batch", "sequence"]) for name in TOKENS] + [

@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from esparse_trt.artifacts import ExportRecord
 from esparse_trt.graph.fold import Folding, fold_permutations, folded_model
 from esparse_trt.graph.graph import OnnxGraph, write_model
+from esparse_trt.records import ExportRecord
 from esparse_trt.sparsity.pattern import Pattern
 
 random = np.random.default_rng(0)

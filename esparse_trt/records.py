@@ -1,0 +1,266 @@
+"""What the stages report: one typed record each, stored in `build.json`.
+
+A record holds facts only (names, shapes, figures), never tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Record(BaseModel):
+    """Base of the stage records."""
+
+    # An infinite error is a fact too: strict JSON has no literal for it, so it is written as "Infinity".
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+# --- prune ---------------------------------------------------------------------------------------------
+
+
+class KeptScore(Record):
+    """Share of the permutation objective (squared or plain scores) that the N:M mask keeps, in [0, 1]."""
+
+    natural: float = Field(description="original channel order")
+    global_: float = Field(description="after the global naive shuffle")
+    final: float = Field(description="after the local block shuffle too: what the layer was pruned with")
+
+
+class LayerRecord(Record):
+    """What happened to one linear layer; `shape` is [N, K] = [out_features, in_features]."""
+
+    name: str = Field(description="module name, such as model.layers.0.mlp.down_proj")
+    site: str = Field(
+        description="the group of layers that read the same tensor: qkv, o, gate_up, fc1, down ..."
+    )
+    block: int | None = Field(description="index of the decoder block")
+    shape: tuple[int, int]
+    pattern: str | None = Field(description="n:m, or null where the layer stayed dense")
+    reason: str | None = Field(description="why the layer stayed dense")
+    permuted: bool = Field(description="whether permutation.safetensors has an entry for it")
+    sparsity: float = Field(description="share of zeros in the stored weight")
+    kept: KeptScore | None
+
+
+class ChannelProfile(Record):
+    """Per-channel statistics of one site for plots, at most 512 evenly spaced channels, in stored order."""
+
+    site: str = Field(description="such as model.layers.0.mlp.down_proj")
+    channels: list[int] = Field(description="original channel indices")
+    entropy: list[float] | None = Field(description="nats; null when the score does not use it")
+    score: list[float] = Field(description="mean score of the channel over the rows")
+    position: list[int] = Field(description="position of each of these channels after the permutation")
+
+
+class PruneRecord(Record):
+    """What the prune stage did, layer by layer."""
+
+    model_type: str
+    parameters: int
+    pruned_parameters: int = Field(description="parameters of the layers that were pruned, zeros included")
+    dtype: str = Field(description="dtype of the checkpoint")
+    source_sha256: str = Field(description="over the dense model's files")
+    calibration_sha256: str = Field(description="over the calibration token ids (int64, little endian)")
+    calibration_tokens: int
+    device: str
+    layers: list[LayerRecord]
+    channels: list[ChannelProfile]
+
+
+# --- export, fold, certify -------------------------------------------------------------------------------
+
+
+class TensorSpec(Record):
+    """A graph input or output; symbolic dimensions are strings."""
+
+    name: str
+    dtype: str = Field(description="numpy name: float16, int64 ...")
+    shape: list[int | str]
+
+
+class ExportRecord(Record):
+    """`dense.onnx` and `explicit.onnx` have the same inputs, outputs and node names."""
+
+    dtype: str
+    opset: int
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    linears: dict[str, str] = Field(
+        description="module name -> name of its weight initializer, [K, N] or [N, K]"
+    )
+    gathers: list[str] = Field(description="names of the explicit permutation nodes of explicit.onnx")
+    bytes: dict[str, int] = Field(description="dense, explicit: graph plus external data")
+
+
+class FoldRecord(Record):
+    """Which permutations became free, and the proof that nothing changed."""
+
+    folded: int = Field(description="Gather nodes folded into initializers")
+    kept: dict[str, str] = Field(description="Gather node -> why it could not be folded")
+    logits_error: float = Field(description="relative L2 distance of the logits before and after folding")
+    dense_error: float = Field(description="the same for the dense model, permuted and folded but not pruned")
+    bytes: int = Field(description="sparse.onnx plus external data")
+
+
+class CertifiedTensor(Record):
+    """One tensor that was found N:M along K in memory order; `groups` of m weights were looked at."""
+
+    where: str = Field(description="checkpoint or onnx")
+    name: str
+    shape: list[int]
+    pattern: str
+    groups: int
+    sparsity: float
+
+
+class CertifyRecord(Record):
+    """Every tensor that the recipe made sparse, in the checkpoint and in the ONNX file."""
+
+    pattern: str
+    tensors: list[CertifiedTensor]
+    sha256: dict[str, str] = Field(
+        description="file, relative to the build folder -> SHA-256 of what was certified"
+    )
+
+
+# --- engine, verify, report, deploy ----------------------------------------------------------------------
+
+
+class EngineFile(Record):
+    """One TensorRT engine on disk."""
+
+    file: str = Field(description="relative to the build folder")
+    bytes: int
+    seconds: float
+    onnx: str = Field(description="the ONNX file it was built from, relative to the build folder")
+    onnx_sha256: dict[str, str] = Field(description="file -> SHA-256 at the time of the build")
+    sparse_weights: bool
+
+
+class EngineRecord(Record):
+    """The engines, or the reason why there are none."""
+
+    flavour: Literal["tensorrt", "tensorrt_rtx"] | None
+    version: str | None
+    skipped: str | None = Field(description="why there are no engines, and what to install")
+    dense: EngineFile | None
+    sparse: EngineFile | None
+    profiles: dict[str, Any]
+    runnable: bool
+    not_runnable: str | None = Field(description="why the engines cannot be run on this machine")
+
+
+class Comparison(Record):
+    """How far one tensor of `b` lies from the same tensor of `a`; the reference is `a`."""
+
+    name: str = Field(description="tensor or module name")
+    block: int | None
+    step: Literal["prefill", "decode"] = Field("prefill", description="step of the comparison's text")
+    max_abs: float
+    mean_abs: float
+    max_rel: float = Field(description="of |b - a| / |a| where a is not 0")
+    mean_rel: float
+    relative_l2: float = Field(description="||b - a||_2 / ||a||_2")
+    cosine: float
+
+
+class Fidelity(Record):
+    """What the toolchain changed: the same model through two runtimes, `a` the reference."""
+
+    a: str
+    b: str
+    limit_logits: float = Field(
+        description="largest relative L2 distance of the logits that rounding explains"
+    )
+    limit_layer: float = Field(description="the same for one layer")
+    logits: Comparison = Field(description="all positions, prefill and decode, from tokens to logits")
+    layers: list[Comparison] = Field(
+        description="outputs of linear layers and decoder blocks in execution order, each block given the "
+        "same input in both runtimes; empty where a runtime does not show them"
+    )
+    rounding: dict[str, float] = Field(
+        default_factory=dict,
+        description="of what is above its limit in fp16: relative L2 distance of `a` from the same in fp32; "
+        "up to twice that, and five limits, is accepted as rounding",
+    )
+    first_divergence: str | None = Field(description="the first layer above its limit, or the logits")
+    passed: bool
+
+
+class TaskLevel(Record):
+    """Task-level figures on the evaluation text."""
+
+    text_sha256: str = Field(description="over the token ids of all windows (int64, little endian)")
+    tokens: int = Field(description="tokens scored: windows x (length - 1)")
+    length: int = Field(description="tokens per window")
+    dtype: str
+    runtime: str
+    protocol: str = Field("", description="how the text was cut and scored, in words")
+    dense_perplexity: float
+    sparse_perplexity: float
+    ratio: float = Field(description="sparse / dense perplexity")
+    ln_ratio_ci95: float | None = Field(
+        None, description="half width of the 95 % confidence interval of ln(ratio), paired over windows"
+    )
+    kl_divergence: float = Field(description="mean KL(dense || sparse) of the next-token distribution, nats")
+    top1_agreement: float = Field(description="share of positions with the same most probable token")
+
+
+class VerifyRecord(Record):
+    """What pruning cost, and proof that the toolchain added nothing to it."""
+
+    feed: str = Field("", description="the text that the graphs were compared on, in words")
+    outputs: list[Comparison] = Field(description="dense against sparse, graph outputs")
+    layers: list[Comparison] = Field(
+        description="dense against sparse: outputs of linear layers and decoder blocks, in execution order"
+    )
+    fidelity: list[Fidelity]
+    engines_skipped: str | None = Field(None, description="why no engine was compared")
+    task: TaskLevel | None
+    task_skipped: str | None = Field(description="why there are no task-level figures")
+    gate: float | None = Field(description="the recipe's max_perplexity_ratio")
+    gate_passed: bool | None
+
+
+class ReportRecord(Record):
+    """Where the report lies, relative to the build folder."""
+
+    html: str
+    json_file: str
+
+
+class DeployRecord(Record):
+    """The Triton model repository."""
+
+    model_name: str
+    text_model: str | None = Field(description="name of the model that takes and returns text")
+    backend: str
+    reason: str = Field(description="why this backend")
+    max_batch_size: int
+    files: list[str] = Field(description="relative to the build folder")
+    command: str = Field(description="command that serves the repository")
+
+
+class AblationRow(Record):
+    """One way of pruning, measured like the others."""
+
+    name: str
+    settings: dict[str, Any] = Field(description="recipe keys that differ from the recipe of the table")
+    perplexity: float
+    ln_ratio: float = Field(description="ln(perplexity / dense perplexity)")
+    ln_ratio_ci95: float | None = Field(description="half width of the 95 % confidence interval of ln_ratio")
+    kl: float = Field(description="mean KL(dense || sparse) of the next-token distribution, nats")
+    top1: float = Field(description="share of positions whose most likely token is that of the dense model")
+    seconds: float
+
+
+class Ablation(Record):
+    """`ablation.json`: one model pruned in every way, on one text."""
+
+    model: str
+    text: str
+    device: str = Field("", description="what it was pruned and measured on")
+    dense_perplexity: float
+    rows: list[AblationRow]
