@@ -8,6 +8,7 @@ table is stored, so that an interrupted run goes on with the next.
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,18 +19,27 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from esparse_trt.artifacts import BuildDir, write_atomic
 from esparse_trt.errors import EsparseError
 from esparse_trt.evaluate.perplexity import compare_distributions, log_ratio, perplexity, torch_logits
-from esparse_trt.model import load_model, load_tokenizer, resolve
+from esparse_trt.model import (
+    check_vocabulary,
+    check_weights,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
 from esparse_trt.progress import note
 from esparse_trt.recipe import LocalShuffle, PruneSection, Recipe, TextFile, TextSelf
 from esparse_trt.records import Ablation, AblationRow
 from esparse_trt.sparsity.blockwise import resolve_device
 from esparse_trt.sparsity.prune import Pruned, prune_model
-from esparse_trt.text import evaluation_windows, token_windows
+from esparse_trt.text import evaluation_windows, token_windows, tokens_sha256
 from esparse_trt.workspace import claim
 
 _BATCH = 4  # evaluation windows at a time
@@ -71,6 +81,7 @@ VARIANTS = (
 class _Setting:
     """What all variants share."""
 
+    fingerprint: str
     path: Path
     calibration: torch.Tensor
     windows: torch.Tensor
@@ -95,10 +106,11 @@ def run_ablation(recipe: Recipe, out: Path, *, only: Iterable[str] | None = None
     folder = BuildDir(out)
     with claim(recipe, folder):
         setting = _prepare(recipe, folder)
-        table = _stored(folder) or Ablation(
-            model=str(recipe.model.hub or recipe.model.path),
+        table = _stored(folder, setting.fingerprint) or Ablation(
+            model=recipe.model.hub or (recipe.model.path.name if recipe.model.path else recipe.name),
             text=_protocol(recipe, setting.windows),
             device=_device_name(setting.dense.device),
+            fingerprint=setting.fingerprint,
             dense_perplexity=perplexity(setting.windows, torch_logits(setting.dense), batch=_BATCH),
             rows=[],
         )
@@ -106,12 +118,16 @@ def run_ablation(recipe: Recipe, out: Path, *, only: Iterable[str] | None = None
             section = _section(recipe.prune, variant)
             settings = variant.settings()
             if any(row.name == variant.name and row.settings == settings for row in table.rows):
-                note(f"[dim]{variant.name}: already measured[/]", variant=variant.name, status="resumed")
+                note(f"{variant.name}: already measured", style="dim", variant=variant.name, status="resumed")
                 continue
-            note(f"[bold]{variant.name}[/]", variant=variant.name, status="started")
+            note(variant.name, style="bold", variant=variant.name, status="started")
             start = time.monotonic()
             pruned = prune_model(
-                setting.path, setting.calibration, section, batch_size=recipe.calibration.batch_size
+                setting.path,
+                setting.calibration,
+                section,
+                batch_size=recipe.calibration.batch_size,
+                trust_remote_code=recipe.model.trust_remote_code,
             )
             seconds = time.monotonic() - start
             _apply(pruned, setting.dense, setting.sparse)
@@ -123,27 +139,37 @@ def run_ablation(recipe: Recipe, out: Path, *, only: Iterable[str] | None = None
 
 
 def _prepare(recipe: Recipe, folder: BuildDir) -> _Setting:
-    """Load the model and cut both texts."""
+    """Check and load the model and cut both texts."""
     text, calibration = recipe.verify.text, recipe.calibration
     if text is None:
         raise EsparseError(
             "an ablation needs an evaluation text", where="verify.text", fix="name one in the recipe"
         )
+    trust = recipe.model.trust_remote_code
     path = resolve(recipe.model, folder)
+    check_weights(path, trust_remote_code=trust)
     device = resolve_device(recipe.prune.device)
-    tokenizer = load_tokenizer(recipe.model.tokenizer or path)
+    tokenizer = load_tokenizer(recipe.model.tokenizer or path, trust_remote_code=trust)
+    check_vocabulary(tokenizer, load_config(path, trust_remote_code=trust))
     # A CPU computes in fp32, as pruning does; a GPU in the checkpoint's own type.
-    dense = load_model(path, torch.float32 if device.type == "cpu" else "auto", device)
-    windows = token_windows(
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    dense = load_model(path, dtype, device, trust_remote_code=trust)
+    calibrating = token_windows(
         calibration.text, tokenizer, samples=calibration.samples, length=calibration.length,
         seed=calibration.seed, model=dense if isinstance(calibration.text, TextSelf) else None,
     )  # fmt: skip
+    windows = evaluation_windows(text, tokenizer, length=recipe.verify.length, samples=recipe.verify.samples)
+    shared = [
+        fingerprint(path),
+        tokens_sha256(calibrating),
+        tokens_sha256(windows),
+        recipe.prune.model_dump_json(by_alias=True, exclude={"device"}),
+    ]
     return _Setting(
+        fingerprint=hashlib.sha256("\n".join(shared).encode()).hexdigest(),
         path=path,
-        calibration=windows,
-        windows=evaluation_windows(
-            text, tokenizer, length=recipe.verify.length, samples=recipe.verify.samples
-        ),
+        calibration=calibrating,
+        windows=windows,
         dense=dense,
         sparse=copy.deepcopy(dense),
     )
@@ -151,7 +177,8 @@ def _prepare(recipe: Recipe, folder: BuildDir) -> _Setting:
 
 def print_table(console: Console, table: Ablation) -> None:
     """Print the rows, best first."""
-    shown = Table(box=None, title=f"dense perplexity {table.dense_perplexity:.3f} on {table.text}")
+    title = f"{table.model}: dense perplexity {table.dense_perplexity:.3f} on {table.text}"
+    shown = Table(box=None, title=Text(title), title_justify="left", pad_edge=False)
     for heading in ("variant", "perplexity", "ln ratio", "± 95 %", "KL, nats", "top-1", "s"):
         shown.add_column(heading, justify="left" if heading == "variant" else "right")
     for row in sorted(table.rows, key=lambda row: row.perplexity):
@@ -217,14 +244,16 @@ def _protocol(recipe: Recipe, windows: torch.Tensor) -> str:
     return f"{name}: {count} windows of {length} tokens"
 
 
-def _stored(folder: BuildDir) -> Ablation | None:
+def _stored(folder: BuildDir, shared: str) -> Ablation | None:
+    """The table to go on with, None if there is none or its rows were measured on something else."""
     if not folder.ablation.exists():
         return None
     try:
-        return Ablation.model_validate_json(folder.ablation.read_bytes())
+        table = Ablation.model_validate_json(folder.ablation.read_bytes())
     except ValidationError as error:
         raise EsparseError(
             f"not a table that this version understands: {error}",
             where=folder.ablation,
             fix="delete the file",
         ) from error
+    return table if table.fingerprint == shared else None

@@ -80,14 +80,21 @@ class Manifest(Record):
         """The record of a finished stage.
 
         Raises:
-            EsparseError: the stage has not run yet.
+            EsparseError: the stage has not run yet, or another version of this package has written the record.
         """
         if stage not in self.stages:
             done = ", ".join(self.stages) or "none"
             raise EsparseError(
                 f"stage `{stage}` has not run (finished: {done})", fix="run `esparse-trt build` again"
             )
-        return kind.model_validate(self.stages[stage].record)
+        try:
+            return kind.model_validate(self.stages[stage].record)
+        except ValidationError as error:
+            raise EsparseError(
+                f"the record of stage `{stage}` is not one that this version understands: {error}",
+                where="build.json",
+                fix=f"`esparse-trt build RECIPE --from {stage}` writes it again",
+            ) from error
 
 
 def load_manifest(folder: BuildDir) -> Manifest | None:
@@ -124,8 +131,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file under a temporary name beside it, flush it to disk and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

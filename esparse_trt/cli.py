@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from esparse_trt import progress
 from esparse_trt.errors import EsparseError
@@ -28,7 +29,7 @@ recipe_app = typer.Typer(
     help="Look at recipes: their JSON schema, or what one of them will do.", no_args_is_help=True
 )
 app.add_typer(recipe_app, name="recipe")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 1000)  # no lines are folded for programs
 
 
 class StageName(str, Enum):
@@ -64,7 +65,7 @@ def _reported(json_logs: bool = False) -> Iterator[None]:
             print(error, file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
-        print("\ninterrupted; the same command resumes where it stopped", file=sys.stderr)
+        progress.note("interrupted; the same command resumes where it stopped", exit_code=130)
         raise typer.Exit(130) from error
 
 
@@ -98,14 +99,13 @@ def build(
 
         loaded = load_recipe(recipe)
         folder = out if out is not None else Path("build") / loaded.name
+        extent = {"first": first and first.value, "last": last and last.value}
         if dry_run:
             from esparse_trt.plan import plan_build
 
-            console.print(plan_build(loaded, folder))
+            console.print(plan_build(loaded, folder, fresh=fresh, **extent))
             return
-        manifest = pipeline.build(
-            loaded, folder, fresh=fresh, first=first and first.value, last=last and last.value
-        )
+        manifest = pipeline.build(loaded, folder, fresh=fresh, **extent)
         if json_logs:
             progress.note("done", folder=str(folder), stages=list(manifest.stages))
         else:
@@ -161,7 +161,7 @@ def certify(
             if json_output:
                 print(record.model_dump_json(indent=1))
             else:
-                console.print(f"[green]{len(record.tensors)} tensors are {record.pattern} along K[/]: {path}")
+                print(f"{len(record.tensors)} tensors are {record.pattern} along K: {path}")
             return
         rows = certificates.certify_file(path, pattern, tensors)
         if json_output:
@@ -180,20 +180,20 @@ def report(
     with _reported():
         from esparse_trt.artifacts import BuildDir, load_manifest
         from esparse_trt.evaluate import report as reports
-        from esparse_trt.recipe import Recipe
+        from esparse_trt.recipe import parse_recipe
 
         if schema:
             print(json.dumps(reports.report_schema(), indent=2))
             return
-        manifest = load_manifest(BuildDir(folder)) if folder is not None else None
-        if folder is None or manifest is None:
-            raise EsparseError(
-                "no build.json there" if folder else "which build?",
-                where=folder,
-                fix="give the folder of a build",
-            )
-        reports.report(Recipe.model_validate(manifest.recipe), BuildDir(folder), manifest)
-        console.print(folder / "report.html")
+        if folder is None:
+            raise EsparseError("which build?", fix="give the folder of a build")
+        build = BuildDir(folder)
+        manifest = load_manifest(build)
+        if manifest is None:
+            raise EsparseError("no build.json there", where=folder, fix="give the folder of a build")
+        recipe = parse_recipe(manifest.recipe, base=build.root, where=build.manifest)
+        reports.report(recipe, build, manifest)
+        print(folder / "report.html")
 
 
 @recipe_app.command("schema", epilog="Example:\n\n  esparse-trt recipe schema > esparse-recipe.schema.json")
@@ -226,12 +226,13 @@ def doctor(
         if json_output:
             print(json.dumps([finding.__dict__ for finding in findings], indent=1))
             return
-        table = Table("", "what", "found", "so", "fix", box=None)
-        marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "missing": "[red]missing[/]"}
+        table = Table(box=None, show_header=False, pad_edge=False)
+        colours = {"ok": "green", "warning": "yellow", "missing": "red"}
         for finding in findings:
-            table.add_row(
-                marks[finding.status], finding.name, finding.detail, finding.consequence, finding.fix
-            )
+            said = Text(f"{finding.detail}: {finding.consequence}")  # no markup: there are brackets in it
+            if finding.fix:
+                said.append(f"\nfix: {finding.fix}")
+            table.add_row(Text(finding.status, colours[finding.status]), finding.name, said)
         console.print(table)
 
 

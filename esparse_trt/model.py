@@ -8,6 +8,7 @@ the recipe sets `model.trust_remote_code`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ from esparse_trt.recipe import ModelSection
 __all__ = [
     "check_vocabulary",
     "check_weights",
+    "download",
     "fingerprint",
     "iterate_tensors",
     "load_config",
@@ -86,7 +88,7 @@ def resolve(section: ModelSection, folder: BuildDir | None = None) -> Path:
             cannot be read or is not the one that this build converted before.
     """
     if section.hub is not None:
-        path = _download(section, section.hub)
+        path = download(section)
     elif section.path is not None and section.path.suffix == ".gguf":
         if folder is None:
             raise ValueError("a GGUF file needs a build folder to be converted into")
@@ -119,8 +121,14 @@ def _require_files(path: Path, *, named: str) -> None:
         raise EsparseError(f"{what} in the model folder", where=named, fix=fix)
 
 
-def _download(section: ModelSection, hub: str) -> Path:
-    patterns = [*_HUB_FILES, "*.py"] if section.trust_remote_code else _HUB_FILES
+def download(section: ModelSection, files: Sequence[str] = _HUB_FILES) -> Path:
+    """The local folder of a hub model, with those of the files (globs) that it has.
+
+    Raises:
+        EsparseError: the hub cannot be reached, or refuses.
+    """
+    hub = section.hub or ""
+    patterns = [*files, "*.py"] if section.trust_remote_code else list(files)
     local = "or download the model elsewhere and set model.path to its folder"
     note(f"model {hub}: looking in the hub's cache, then downloading")
     try:

@@ -7,19 +7,18 @@ done, so a killed build starts again at the stage (and, while pruning, at the bl
 
 from __future__ import annotations
 
-import errno
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import takewhile
 from pathlib import Path
 
-from esparse_trt import system
+from esparse_trt import system, workspace
 from esparse_trt.artifacts import BuildDir, Manifest, StageEntry, write_atomic
 from esparse_trt.deploy.triton import deploy
 from esparse_trt.engine.build import build_engines
-from esparse_trt.errors import EsparseError
+from esparse_trt.errors import CheckFailed, EsparseError
 from esparse_trt.evaluate.compare import check_fidelity, check_gate, verify
 from esparse_trt.evaluate.report import report
 from esparse_trt.graph.certify import certify
@@ -39,7 +38,6 @@ from esparse_trt.records import (
     VerifyRecord,
 )
 from esparse_trt.sparsity.prune import prune
-from esparse_trt.workspace import claim
 
 
 @dataclass(frozen=True)
@@ -128,49 +126,69 @@ def build(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = BuildDir(out if out is not None else Path("build") / recipe.name)
-    begin, end = _index(first, len(STAGES)), _index(last, len(STAGES) - 1)
-    reread = {section for stage in STAGES[begin:] for section in stage.sections}
-    with claim(recipe, folder, fresh=fresh, redo=STAGE_NAMES[begin:], reread=reread) as manifest:
-        for stage in STAGES[: end + 1]:
+    stages, again = _extent(first, last)
+    with workspace.claim(recipe, folder, fresh=fresh, **again) as manifest:
+        for stage in stages:
             if _finished(stage, folder, manifest):
-                note(f"[dim]{stage.name:8} already done[/]", stage=stage.name, status="resumed")
+                note(f"{stage.name:8} already done", style="dim", stage=stage.name, status="resumed")
             else:
                 manifest = _run(stage, recipe, folder, manifest)
             if stage.name == "report":  # only now, so that a failed build has a report that says why
-                verified = manifest.record("verify", VerifyRecord)
-                check_fidelity(verified)
-                check_gate(verified)
+                _check(manifest.record("verify", VerifyRecord), folder)
     return manifest
 
 
-def _index(stage: str | None, default: int) -> int:
-    if stage is None:
-        return default
-    if stage not in STAGE_NAMES:
-        raise EsparseError(f"no stage is called {stage!r}", fix=f"choose one of {', '.join(STAGE_NAMES)}")
-    return STAGE_NAMES.index(stage)
+def preview(
+    recipe: Recipe, folder: BuildDir, *, fresh: bool = False, first: str | None = None, last: str | None = None
+) -> list[tuple[Stage, bool]]:
+    """The stages that `build` would go through, each with whether it is done already; nothing is written.
+
+    Raises:
+        EsparseError: no such stage, or the folder belongs to another recipe.
+    """
+    stages, again = _extent(first, last)
+    manifest = workspace.preview(recipe, folder, fresh=fresh, **again)
+    done = list(takewhile(lambda stage: _finished(stage, folder, manifest), stages))
+    return [(stage, stage in done) for stage in stages]
+
+
+def _extent(first: str | None, last: str | None) -> tuple[tuple[Stage, ...], dict[str, set[str]]]:
+    """The stages up to `last`; and what runs again from `first` on, and the recipe sections it reads."""
+    for name in (first, last):
+        if name is not None and name not in STAGE_NAMES:
+            raise EsparseError(f"no stage is called {name!r}", fix=f"choose one of {', '.join(STAGE_NAMES)}")
+    begin = len(STAGES) if first is None else STAGE_NAMES.index(first)
+    end = len(STAGES) if last is None else STAGE_NAMES.index(last) + 1
+    if first is not None and begin >= end:
+        raise EsparseError(
+            f"--from {first} starts after --to {last} ends",
+            fix=f"the order is {', '.join(STAGE_NAMES)}",
+        )
+    reread = {section for stage in STAGES[begin:] for section in stage.sections}
+    return STAGES[:end], {"redo": set(STAGE_NAMES[begin:]), "reread": reread}
+
+
+def _check(record: VerifyRecord, folder: BuildDir) -> None:
+    """Raise a CheckFailed that points at the report if the fidelity check or the quality gate failed."""
+    try:
+        check_fidelity(record)
+        check_gate(record)
+    except CheckFailed as error:
+        fix = f"{folder.report_html} shows every figure; {error.fix}"
+        raise CheckFailed(error.what, where=error.where, fix=fix) from error
 
 
 def _finished(stage: Stage, folder: BuildDir, manifest: Manifest) -> bool:
+    """Whether the stage has run and its files are still there."""
     return stage.name in manifest.stages and all(getattr(folder, name).exists() for name in stage.outputs)
 
 
 def _run(stage: Stage, recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Manifest:
     """Run one stage and store its record; records of later stages described older inputs and go."""
-    note(f"[bold]{stage.name:8}[/] {stage.does}", stage=stage.name, status="started")
+    note(f"{stage.name:8} {stage.does}", style="bold", stage=stage.name, status="started")
     system.reset_peak_rss()
     start = time.monotonic()
-    try:
-        record = stage.run(recipe, folder, manifest)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(folder.root).free
-        raise EsparseError(
-            f"the disk is full ({free / 2**20:.0f} MiB left) in stage `{stage.name}`",
-            where=folder.root,
-            fix="make room and run the same command again: it resumes; --dry-run prints what a build needs",
-        ) from error
+    record = stage.run(recipe, folder, manifest)
     entry = StageEntry(
         seconds=round(time.monotonic() - start, 3),
         peak_rss_bytes=system.peak_rss_bytes(),

@@ -18,17 +18,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from accelerate import init_empty_weights
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from esparse_trt.artifacts import BuildDir, load_manifest
-from esparse_trt.errors import EsparseError
-from esparse_trt.model import load_config
-from esparse_trt.pipeline import STAGES
+from esparse_trt.artifacts import BuildDir
+from esparse_trt import gguf
+from esparse_trt.model import download, load_config
+from esparse_trt.pipeline import STAGES, preview
 from esparse_trt.recipe import LayerSelection, Recipe
 from esparse_trt.sparsity.models import family_of
 
@@ -37,8 +37,15 @@ _VERIFY = 1.0 * 2**30  # logits of a window in float64, and the arenas of two ON
 GIB = 2**30
 
 
-def plan_build(recipe: Recipe, out: Path) -> Group:
-    """The plan as something rich can print."""
+def plan_build(
+    recipe: Recipe, out: Path, *, fresh: bool = False, first: str | None = None, last: str | None = None
+) -> Group:
+    """The plan as something rich can print; the options are those of `pipeline.build`.
+
+    Raises:
+        EsparseError: the model's configuration cannot be read, or the folder belongs to another recipe.
+    """
+    states = preview(recipe, BuildDir(out), fresh=fresh, first=first, last=last)
     config = _config(recipe)
     family_of(config)
     with init_empty_weights():
@@ -51,49 +58,38 @@ def plan_build(recipe: Recipe, out: Path) -> Group:
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column()
-    facts.add_row("recipe", f"{recipe.name}: {recipe.description}")
+    facts.add_row("recipe", Text(f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name))
     facts.add_row("model", f"{config.model_type}, {parameters / 1e6:,.1f} M parameters")
     count, share = len(pruned), sum(pruned.values()) / parameters
     facts.add_row(
         "pruned", f"{count} linear layers, {share:.0%} of the parameters, to {recipe.prune.pattern}"
     )
-    facts.add_row("folder", str(out))
+    facts.add_row("folder", Text(str(out)))
 
-    folder = BuildDir(out)
-    manifest = load_manifest(folder)
     written, memory = _sizes(recipe, parameters), _memory(recipe, model, config, parameters)
     stages = Table("stage", "does", "writes", "memory", "state", box=None)
-    for stage in STAGES:
-        done = manifest is not None and stage.name in manifest.stages
+    for stage, done in states:
         size = f"{written[stage.name] / GIB:.2f} GiB" if stage.name in written else ""
         need = f"{memory[stage.name] / GIB:.1f} GiB"
         stages.add_row(stage.name, stage.does, size, need, "[dim]done[/]" if done else "to do")
-    total = sum(written.values()) / GIB
+    total = sum(written.get(stage.name, 0) for stage, _ in states) / GIB
+    peak = max(memory[stage.name] for stage, _ in states) / GIB
     return Group(
         facts,
         "",
         stages,
         "",
-        f"disk in all: {total:.2f} GiB; peak memory: {max(memory.values()) / GIB:.1f} GiB",
+        f"disk in all: {total:.2f} GiB; peak memory: {peak:.1f} GiB",
     )
 
 
 def _config(recipe: Recipe) -> PretrainedConfig:
     """The model's configuration; of a hub model only config.json is downloaded."""
     section = recipe.model
-    if section.path is not None and section.path.suffix != ".gguf":
-        return load_config(section.path, trust_remote_code=section.trust_remote_code)
-    try:
-        if section.path is not None:
-            return AutoConfig.from_pretrained(section.path.parent, gguf_file=section.path.name)
-        file = huggingface_hub.hf_hub_download(section.hub or "", "config.json", revision=section.revision)
-        return load_config(Path(file).parent, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise EsparseError(
-            f"cannot read the model's configuration: {str(error).splitlines()[0]}",
-            where=section.path or section.hub,
-            fix="check model.path or model.hub; a plan needs config.json, not the weights",
-        ) from error
+    if section.path is not None and section.path.suffix == ".gguf":
+        return gguf.read_config(section.path)
+    path = section.path or download(section, ["config.json"])
+    return load_config(path, trust_remote_code=section.trust_remote_code)
 
 
 def _selected(model: nn.Module, selection: LayerSelection) -> dict[str, int]:

@@ -262,5 +262,8 @@ class Ablation(Record):
     model: str
     text: str
     device: str = Field("", description="what it was pruned and measured on")
+    fingerprint: str = Field(
+        "", description="SHA-256 of what all rows share: model, prune section, calibration and evaluation tokens"
+    )
     dense_perplexity: float
     rows: list[AblationRow]

@@ -12,6 +12,8 @@ from subprocess import run
 
 import pytest
 
+from esparse_trt.records import Ablation
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -69,6 +71,21 @@ def test_both_set_up_commands_install_extras_that_exist():
 def test_the_table_of_recipes_is_complete():
     shipped = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
     assert {name for name in re.findall(r"\(recipes/([\w.-]+)\.yaml\)", README)} == shipped
+
+
+@pytest.mark.parametrize("model", ["quickstart", "qwen2.5-coder-0.5b"])
+def test_the_tables_are_what_was_measured(model: str):
+    table = Ablation.model_validate_json(
+        (ROOT / "recipes" / "results" / f"ablation-{model}.json").read_text()
+    )
+    for row in table.rows:
+        figures = (
+            f"{row.perplexity:.3f}",
+            f"{row.ln_ratio:.3f} ± {row.ln_ratio_ci95:.3f}",
+            f"{row.kl:.3f}",
+            f"{row.top1:.1%}",
+        )
+        assert f"| {row.name} | {' | '.join(figures)} |" in README
 
 
 def test_every_link_points_at_a_file():

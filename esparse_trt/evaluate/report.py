@@ -126,11 +126,11 @@ def report_schema() -> dict[str, Any]:
 
 def assemble(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Report:
     """Gather the facts of a build, finished or not."""
-    pruned = _record(manifest, "prune", PruneRecord, folder)
-    exported = _record(manifest, "export", ExportRecord, folder)
-    folded = _record(manifest, "fold", FoldRecord, folder)
-    certified = _record(manifest, "certify", CertifyRecord, folder)
-    verified = _record(manifest, "verify", VerifyRecord, folder)
+    pruned = _record(manifest, "prune", PruneRecord)
+    exported = _record(manifest, "export", ExportRecord)
+    folded = _record(manifest, "fold", FoldRecord)
+    certified = _record(manifest, "certify", CertifyRecord)
+    verified = _record(manifest, "verify", VerifyRecord)
     errors = {item.name: item for item in verified.layers} if verified else {}
     stages = {
         name: StageTime(**entry.model_dump(exclude={"record"})) for name, entry in manifest.stages.items()
@@ -154,24 +154,15 @@ def assemble(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Report:
         export=exported,
         fold=folded,
         certify=certified,
-        engine=_record(manifest, "engine", EngineRecord, folder),
+        engine=_record(manifest, "engine", EngineRecord),
         verify=verified,
-        deploy=_record(manifest, "deploy", DeployRecord, folder),
+        deploy=_record(manifest, "deploy", DeployRecord),
         ablation=_ablation(folder),
     )
 
 
-def _record(manifest: Manifest, stage: str, kind: type[R], folder: BuildDir) -> R | None:
-    if stage not in manifest.stages:
-        return None
-    try:
-        return manifest.record(stage, kind)
-    except ValidationError as error:
-        raise EsparseError(
-            f"the record of stage `{stage}` is not one that this version understands: {error}",
-            where=folder.manifest,
-            fix=f"`esparse-trt build RECIPE --from {stage}` writes it again",
-        ) from error
+def _record(manifest: Manifest, stage: str, kind: type[R]) -> R | None:
+    return manifest.record(stage, kind) if stage in manifest.stages else None
 
 
 def _ablation(folder: BuildDir) -> Ablation | None:

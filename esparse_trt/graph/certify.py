@@ -26,7 +26,7 @@ from esparse_trt.graph.signature import reduction_axis
 from esparse_trt.graph.weights import Checkpoint
 from esparse_trt.model import load_config
 from esparse_trt.progress import track
-from esparse_trt.recipe import Recipe
+from esparse_trt.recipe import Recipe, parse_recipe
 from esparse_trt.records import (
     CertifiedTensor,
     CertifyRecord,
@@ -75,7 +75,7 @@ def certify_build(path: Path) -> CertifyRecord:
         raise EsparseError("no build.json there", where=path, fix="give the folder of a build")
     certified = manifest.record("certify", CertifyRecord)
     record = _certificate(
-        Recipe.model_validate(manifest.recipe),
+        parse_recipe(manifest.recipe, base=folder.root, where=folder.manifest),
         folder,
         manifest.record("prune", PruneRecord),
         manifest.record("export", ExportRecord),

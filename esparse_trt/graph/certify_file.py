@@ -9,6 +9,7 @@ from pathlib import Path
 from numpy.typing import NDArray
 from pydantic import Field
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from esparse_trt.checkpoint import INDEX, weight_files
@@ -89,7 +90,7 @@ def table(rows: list[WeightRow], pattern: str) -> Table:
         share = f"{row.conforming:.2%}" if row.groups else "—"
         verdict = "[green]yes[/]" if not row.problem else "[red]no[/]" if row.asked else "not asked"
         size = " x ".join(str(extent) for extent in row.shape)
-        shown.add_row(row.name, size, str(row.shape[row.k_axis]), share, f"{row.sparsity:.1%}", verdict)
+        shown.add_row(Text(row.name), size, str(row.shape[row.k_axis]), share, f"{row.sparsity:.1%}", verdict)
     return shown
 
 

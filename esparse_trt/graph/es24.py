@@ -3,19 +3,21 @@
 A weight `[N, K]` of fp16 or bf16 becomes
 
 - `values [N, K/2]`, row-major: the two kept values of every 4 consecutive k ("chunk"), in ascending k;
-- `metadata`, int32 `[ceil(K/128), ceil(N/64), 4, 2, 8, 4]`, indexed (kt, nt, r16, h, g, q). One word describes
-  rows `n = 64 nt + 16 r16 + g` (bits 0-15) and `n + 8` (bits 16-31) at the 16 k from `128 kt + 32 q + 16 h`;
-  its nibble c, least significant first, describes chunk c as `i0 | i1 << 2`: the places of the two values.
+- `metadata`, int32 `[ceil(K/128), ceil(N/64), 4, 2, 8, 4]`, indexed (kt, nt, r16, h, g, q). One word
+  describes rows `n = 64 nt + 16 r16 + g` (bits 0-15) and `n + 8` (bits 16-31) at the 16 k from
+  `128 kt + 32 q + 16 h`; its nibble c, least significant first, describes chunk c as `i0 | i1 << 2`: the
+  places of the two values.
 
-`i0 < i1` always, as `mma.sp` with ordered metadata asks: a chunk with one nonzero at i < 3 stores (i, 3), one at
-3 stores (0, 3), and one with none (0, 1); the missing values are +0. Minus zero counts as zero. Rows and chunks
-that only fill up the last tile have the nibble of an empty chunk. Words are little-endian.
+`i0 < i1` always, as `mma.sp` with ordered metadata asks: a chunk with one nonzero at i < 3 stores (i, 3), one
+at 3 stores (0, 3), and one with none (0, 1); the missing values are +0. Minus zero counts as zero. Rows and
+chunks that only fill up the last tile have the nibble of an empty chunk. Words are little-endian.
 
 The order is that of the CUTLASS sm90 sparse metadata atom; plugins/include/esparse/es24.h is its twin in C++.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _MAX_RATIO = 0.6  # of the dense size: padded metadata makes small layers larger than that
 
 _EMPTY = 0x4  # the nibble (0, 1)
-_BLOCK = 1 << 18  # weights packed in one go: what they need stays in the cache
+_BLOCK = 1 << 19  # weights packed in one go: what they need stays in the cache
 # By the set of nonzeros, bit j for place j; sets of more than two do not occur.
 _NIBBLES = np.array(
     [_EMPTY, 0xC, 0xD, 0x4, 0xE, 0x8, 0x9, 0, 0xC, 0xC, 0xD, 0, 0xE, 0, 0, 0], dtype=np.uint16
@@ -51,10 +53,9 @@ def metadata_shape(rows: int, channels: int) -> tuple[int, int, int, int, int, i
     return -(-channels // TILE_K), -(-rows // TILE_N), 4, 2, 8, 4
 
 
-def size_ratio(rows: int, channels: int) -> float:
-    """Compressed size over dense size: 0.5625 where no metadata is padding."""
-    metadata = 4 * int(np.prod(metadata_shape(rows, channels)))
-    return 0.5 + metadata / (2 * rows * channels)
+def packed_bytes(rows: int, channels: int) -> int:
+    """Bytes of values and metadata: 9/16 of the dense weight's where no metadata is padding."""
+    return rows * channels + 4 * math.prod(metadata_shape(rows, channels))
 
 
 def why_not(rows: int, channels: int, dtype: np.dtype) -> str | None:
@@ -65,7 +66,7 @@ def why_not(rows: int, channels: int, dtype: np.dtype) -> str | None:
         return f"K = {channels} is not a multiple of 32"
     if rows % 8 or not rows:
         return f"N = {rows} is not a multiple of 8"
-    ratio = size_ratio(rows, channels)
+    ratio = packed_bytes(rows, channels) / (2 * rows * channels)
     if ratio > _MAX_RATIO:
         return f"padded to whole tiles it would be {ratio:.3f} of its dense size, more than {_MAX_RATIO}"
     return None
@@ -97,8 +98,8 @@ def compress(weight: NDArray, name: str = "weight") -> tuple[NDArray, NDArray[np
     rows, channels = weight.shape
     if weight.dtype not in DTYPES or channels % 4:
         raise EsparseError(
-            f"{LAYOUT} holds fp16 or bf16 weights with K a multiple of 4, this one is {weight.dtype.name} with "
-            f"K = {channels}",
+            f"{LAYOUT} holds fp16 or bf16 weights with K a multiple of 4, this one is {weight.dtype.name} "
+            f"with K = {channels}",
             where=name,
             fix="export in float16, and leave layers dense that `why_not` has a reason for",
         )
@@ -117,7 +118,8 @@ def compress(weight: NDArray, name: str = "weight") -> tuple[NDArray, NDArray[np
                 f"{value:.4g}" for value in weight[row, 4 * chunk : 4 * chunk + 4].astype(float)
             )
             raise EsparseError(
-                f"not 2:4: row {row}, chunk {chunk} (channels {4 * chunk} to {4 * chunk + 3}) holds [{found}]",
+                f"not 2:4: row {row}, chunk {chunk} (channels {4 * chunk} to {4 * chunk + 3}) "
+                f"holds [{found}]",
                 where=name,
                 fix="prune it to 2:4 along K first",
             )
@@ -180,7 +182,7 @@ def unpack(packed: Packed) -> NDArray:
     if (first >= second).any():
         row, chunk = (int(i) for i in np.argwhere(first >= second)[0])
         raise EsparseError(
-            f"row {row}, chunk {chunk} has the nibble {nibbles[row, chunk]:#x}, whose places are not ascending",
+            f"row {row}, chunk {chunk} has the nibble {nibbles[row, chunk]:#x}: its places do not ascend",
             where=LAYOUT,
             fix="the metadata was damaged: pack the weight again",
         )

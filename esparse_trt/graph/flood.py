@@ -42,6 +42,23 @@ class Permutation:
         return self.node.output[0]
 
 
+class Shared(Refused):
+    """Different permutations read tensors that change basis together, so that none of them can fold.
+
+    Attributes:
+        members: the Gather nodes that do, in graph order; the same whichever of them one starts from.
+    """
+
+    def __init__(self, members: list[str]) -> None:
+        self.members = members
+        others = len(members) - 1
+        super().__init__(
+            f"reads a tensor that changes basis together with those of {others} other "
+            f"permutation{'s' if others > 1 else ''}, not all of them the same (from {members[0]} to "
+            f"{members[-1]}): they would remain in another form"
+        )
+
+
 @dataclass
 class Flood:
     """The changes of basis that make some explicit permutations superfluous.
@@ -79,7 +96,8 @@ def flood(
         done: tensor -> the changes of basis of what was folded before.
 
     Raises:
-        Refused: it cannot be folded.
+        Shared: other permutations would remain, only in another form.
+        Refused: it cannot be folded for another reason.
     """
     spread = _Spread(graph, permutations, done)
     site = permutations[start]
@@ -93,10 +111,7 @@ def flood(
         if other.input in spread.bases or other.output in spread.bases:
             (gone if _vanishes(graph, other, spread.bases) else left).append(name)
     if left:
-        raise Refused(
-            f"reads a tensor that {len(left)} other permutation{'s' if len(left) > 1 else ''} share (such as "
-            f"{left[0]}): they would remain in another form"
-        )
+        raise Shared([name for name in permutations if permutations[name].input in spread.bases])
     return Flood(gone, {tensor: list(by_axis.values()) for tensor, by_axis in spread.bases.items()})
 
 

@@ -20,7 +20,7 @@ from esparse_trt.artifacts import BuildDir, write_atomic
 from esparse_trt.graph.basis import Basis, Refused, change_basis
 from esparse_trt.graph.carry import carry_over
 from esparse_trt.graph.feeds import PAST, PRESENT
-from esparse_trt.graph.flood import Flood, explicit_permutations, flood
+from esparse_trt.graph.flood import Flood, Shared, explicit_permutations, flood
 from esparse_trt.graph.graph import OnnxGraph, write_model
 from esparse_trt.graph.plan import FoldedGroup, FoldPlan, TensorBasis
 from esparse_trt.graph.proof import LIMITS, compare, example_feeds, outputs
@@ -83,11 +83,14 @@ def fold_permutations(graph: OnnxGraph, exported: ExportRecord, pattern: Pattern
     left = explicit_permutations(graph, exported.gathers)
     folding = Folding()
     for name in list(left):
-        if name not in left:
+        if name not in left or name in folding.kept:
             continue
         try:
             found = flood(graph, left, name, folding.bases)
             _check_pattern(graph, found, exported, pattern)
+        except Shared as reason:
+            folding.kept.update(dict.fromkeys(reason.members, str(reason)))
+            continue
         except Refused as reason:
             folding.kept[name] = str(reason)
             continue

@@ -45,6 +45,7 @@ def outputs(path: Path, feeds: Sequence[Tensors]) -> list[Tensors]:
         wanted = [value.name for value in session.get_inputs()]
         for known in values:
             known.update(zip(names, session.run(names, {name: known[name] for name in wanted}), strict=True))
+        del session  # before the next one takes memory
     return [{name: known[name] for name in graph.outputs} for known in values]
 
 

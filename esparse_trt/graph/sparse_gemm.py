@@ -11,13 +11,12 @@ An ONNX function body cannot branch on an absent input, so the variants are oper
 
 with y += bias, and x[..., permutation] in the place of x. A model that uses them carries a local function for
 each that decompresses W and multiplies: ONNX Runtime and `onnx.reference` run the file as it is, and TensorRT
-takes the plugin of the same name, which its parser prefers. The plugin reads the attributes; the function takes
-its sizes from its inputs. x, values, bias and y have one type, fp16 or bf16.
+takes the plugin of the same name, which its parser prefers. The plugin reads the attributes; the function
+takes its sizes from its inputs. x, values, bias and y have one type, fp16 or bf16 (which ONNX Runtime has no
+CPU kernels for).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from onnx import FunctionProto, ModelProto, NodeProto, helper, parser
 
@@ -27,15 +26,15 @@ DOMAIN, DOMAIN_VERSION = "esparse", 1
 PATTERN = "2:4"
 PLUGIN_VERSION, PLUGIN_NAMESPACE = "1", "esparse"
 
-# One word has the places (2 bits) of 16 values: rows n and n + 8, 4 chunks, first and second value. Sorted by row
-# and value like `values`, they say where in W each value belongs: value j of a row lies in chunk j // 2.
+# One word has the places (2 bits) of 16 values: rows n and n + 8, 4 chunks, first and second value. Sorted by
+# row and value like `values`, they say where in W each value belongs: value j of a row lies in chunk j // 2.
 _DECOMPRESS = """
-    words = Cast <to: int = 12> (metadata)
+    words = Cast <to = 12> (metadata)
     innermost = Constant <value = int64[3] {-3, -2, -1}> ()
     word = Unsqueeze (words, innermost)
     shifts = Constant <value = uint32[2, 4, 2] {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}> ()
     shifted = BitShift <direction = "RIGHT"> (word, shifts)
-    low_byte = Cast <to: int = 2> (shifted)
+    low_byte = Cast <to = 2> (shifted)
     mask = Constant <value = uint8 {3}> ()
     stored = BitwiseAnd (low_byte, mask)
     sorted = Transpose <perm = [1, 2, 6, 4, 0, 5, 3, 7, 8]> (stored)
@@ -43,7 +42,7 @@ _DECOMPRESS = """
     shape = Shape (values)
     origin = Constant <value = int64[2] {0, 0}> ()
     unpadded = Slice (padded, origin, shape)
-    places = Cast <to: int = 7> (unpadded)
+    places = Cast <to = 6> (unpadded)
 
     zero = Constant <value = int64 {0}> ()
     one = Constant <value = int64 {1}> ()
@@ -52,7 +51,8 @@ _DECOMPRESS = """
     half_k = Gather <axis = 0> (shape, one)
     columns = Range (zero, half_k, one)
     chunks = Div (columns, two)
-    starts = Mul (chunks, four)
+    first_k = Mul (chunks, four)
+    starts = Cast <to = 6> (first_k)
     k = Add (places, starts)
 
     twice = Constant <value = int64[2] {1, 2}> ()
@@ -92,20 +92,24 @@ def function(name: str, opset: int) -> FunctionProto:
     )
 
 
-def make_node(name: str, inputs: Sequence[str], output: str, *, shape: tuple[int, int]) -> NodeProto:
-    """A node of the operator for a weight `[N, K] = shape`.
+def make_node(
+    name: str, x: str, y: str, *, shape: tuple[int, int], bias: bool = False, permutation: bool = False
+) -> NodeProto:
+    """A node of the operator; its weights are the initializers `<name>.values`, `<name>.metadata` and so on.
 
     Args:
         name: of the node.
-        inputs: x, values, metadata, then bias and permutation where the variant has them; "" where not.
-        output: y.
-        shape: of the weight.
+        x: the input tensor.
+        y: the output tensor.
+        shape: `[N, K]` of the weight.
+        bias: whether there is a `<name>.bias`.
+        permutation: whether there is a `<name>.permutation`.
     """
-    x, values, metadata, bias, permutation = inputs
+    weights = ["values", "metadata", *["bias"] * bias, *["permutation"] * permutation]
     return helper.make_node(
-        operator(bias=bool(bias), permutation=bool(permutation)),
-        [tensor for tensor in (x, values, metadata, bias, permutation) if tensor],
-        [output],
+        operator(bias=bias, permutation=permutation),
+        [x, *(f"{name}.{weight}" for weight in weights)],
+        [y],
         name=name,
         domain=DOMAIN,
         pattern=PATTERN,

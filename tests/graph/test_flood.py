@@ -116,7 +116,7 @@ def test_different_permutations_of_one_tensor_stay(tmp_path: Path) -> None:
         node("Add", "u v", "y"),
     ]
     _, folding = folding_of(tmp_path, nodes)
-    assert all("1 other permutation share" in reason for reason in folding.kept.values())
+    assert all("1 other permutation, not all of them the same" in reason for reason in folding.kept.values())
     assert len(folding.kept) == 2
 
 
