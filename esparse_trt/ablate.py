@@ -35,8 +35,9 @@ from esparse_trt.model import (
     resolve,
 )
 from esparse_trt.progress import note
-from esparse_trt.recipe import LocalShuffle, PruneSection, Recipe, TextFile, TextSelf
+from esparse_trt.recipe import Recipe
 from esparse_trt.records import Ablation, AblationRow
+from esparse_trt.sections import LocalShuffle, PruneSection, TextFile, TextSelf
 from esparse_trt.sparsity.blockwise import resolve_device
 from esparse_trt.sparsity.prune import Pruned, prune_model
 from esparse_trt.text import evaluation_windows, token_windows, tokens_sha256
@@ -152,8 +153,9 @@ def _prepare(recipe: Recipe, folder: BuildDir) -> _Setting:
     tokenizer = load_tokenizer(recipe.model.tokenizer or path, trust_remote_code=trust)
     check_vocabulary(tokenizer, load_config(path, trust_remote_code=trust))
     # A CPU computes in fp32, as pruning does; a GPU in the checkpoint's own type.
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    dense = load_model(path, dtype, device, trust_remote_code=trust)
+    dense = load_model(
+        path, torch.float32 if device.type == "cpu" else "auto", device, trust_remote_code=trust
+    )
     calibrating = token_windows(
         calibration.text, tokenizer, samples=calibration.samples, length=calibration.length,
         seed=calibration.seed, model=dense if isinstance(calibration.text, TextSelf) else None,

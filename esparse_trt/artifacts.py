@@ -80,7 +80,7 @@ class Manifest(Record):
         """The record of a finished stage.
 
         Raises:
-            EsparseError: the stage has not run yet, or another version of this package has written the record.
+            EsparseError: the stage has not run yet, or another version of this package wrote its record.
         """
         if stage not in self.stages:
             done = ", ".join(self.stages) or "none"

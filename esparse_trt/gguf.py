@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from esparse_trt.artifacts import sha256_file, write_atomic
 from esparse_trt.errors import EsparseError
@@ -51,6 +51,15 @@ def convert(file: Path, target: Path) -> Path:
     return target
 
 
+def read_config(file: Path) -> PretrainedConfig:
+    """The model's configuration, from the file's metadata alone."""
+    _check_magic(file)
+    try:
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    except Exception as error:
+        raise _unreadable(file, error) from error
+
+
 def _check_magic(file: Path) -> None:
     try:
         with file.open("rb") as stream:
@@ -75,14 +84,19 @@ def _read(file: Path) -> tuple[Any, Any]:
         loaded, loading = loader.from_pretrained(
             file.parent, dtype=torch.float16, output_loading_info=True, **options, **unpack
         )
-    except Exception as error:  # gguf, numpy and transformers each raise their own kinds on a damaged file
-        what = f"cannot read the GGUF file: {type(error).__name__}: {error}"
-        fix = "check that it is complete, one file, and of an architecture that transformers reads from GGUF"
-        raise EsparseError(what, where=file, fix=fix) from error
+    except Exception as error:
+        raise _unreadable(file, error) from error
     if loading["missing_keys"]:
         what = f"tensor {min(loading['missing_keys'])!r} is missing"
         raise EsparseError(what, where=file, fix="use a file that holds the whole model, not one of a split")
     return _plain(loaded), tokenizer
+
+
+def _unreadable(file: Path, error: Exception) -> EsparseError:
+    """For a damaged file, on which gguf, numpy and transformers each raise their own kinds."""
+    what = f"cannot read the GGUF file: {type(error).__name__}: {error}"
+    fix = "check that it is complete, one file, and of an architecture that transformers reads from GGUF"
+    return EsparseError(what, where=file, fix=fix)
 
 
 def _plain(loaded: Any) -> Any:

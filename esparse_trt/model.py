@@ -43,7 +43,7 @@ from esparse_trt.checkpoint import (
 )
 from esparse_trt.errors import EsparseError
 from esparse_trt.progress import note
-from esparse_trt.recipe import ModelSection
+from esparse_trt.sections import ModelSection
 
 __all__ = [
     "check_vocabulary",

@@ -139,7 +139,12 @@ def build(
 
 
 def preview(
-    recipe: Recipe, folder: BuildDir, *, fresh: bool = False, first: str | None = None, last: str | None = None
+    recipe: Recipe,
+    folder: BuildDir,
+    *,
+    fresh: bool = False,
+    first: str | None = None,
+    last: str | None = None,
 ) -> list[tuple[Stage, bool]]:
     """The stages that `build` would go through, each with whether it is done already; nothing is written.
 

@@ -25,11 +25,12 @@ from rich.text import Text
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from esparse_trt.artifacts import BuildDir
 from esparse_trt import gguf
+from esparse_trt.artifacts import BuildDir
 from esparse_trt.model import download, load_config
 from esparse_trt.pipeline import STAGES, preview
-from esparse_trt.recipe import LayerSelection, Recipe
+from esparse_trt.recipe import Recipe
+from esparse_trt.sections import LayerSelection
 from esparse_trt.sparsity.models import family_of
 
 _BASE = 0.8 * 2**30  # Python with torch, transformers and ONNX Runtime loaded
@@ -58,7 +59,7 @@ def plan_build(
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column()
-    facts.add_row("recipe", Text(f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name))
+    facts.add_row("recipe", Text(": ".join(filter(None, [recipe.name, recipe.description]))))
     facts.add_row("model", f"{config.model_type}, {parameters / 1e6:,.1f} M parameters")
     count, share = len(pruned), sum(pruned.values()) / parameters
     facts.add_row(

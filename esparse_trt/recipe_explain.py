@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from esparse_trt.recipe import Profile, Recipe, TextDataset, TextFile, TextSelf
+from esparse_trt.recipe import Recipe
+from esparse_trt.sections import Profile, TextDataset, TextFile, TextSelf
 
 
 def explain(recipe: Recipe) -> str:

@@ -263,7 +263,7 @@ class Ablation(Record):
     text: str
     device: str = Field("", description="what it was pruned and measured on")
     fingerprint: str = Field(
-        "", description="SHA-256 of what all rows share: model, prune section, calibration and evaluation tokens"
+        "", description="SHA-256 over what all rows share: model, prune section, tokens of both texts"
     )
     dense_perplexity: float
     rows: list[AblationRow]

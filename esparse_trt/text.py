@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esparse_trt.errors import EsparseError
 from esparse_trt.progress import track
-from esparse_trt.recipe import TextDataset, TextFile, TextSelf
+from esparse_trt.sections import TextDataset, TextFile, TextSelf
 
 _PIECE = re.compile(r".{65536,131072}?\n(?=\S)|.{1,65536}", re.DOTALL)
 _OVERSAMPLING = 4  # of a data set, read this many times the tokens that calibration needs

@@ -32,8 +32,8 @@ def claim(
 ) -> Iterator[Manifest]:
     """Hold a build folder for one recipe while the body runs.
 
-    A body that raises an EsparseError before it has made anything leaves the folder as it was; temporary files
-    are removed whatever the body raises.
+    If the body raises an EsparseError before it has made anything, the folder is left as it was; temporary
+    files are removed whatever it raises.
 
     Args:
         recipe: the recipe that builds here.
@@ -103,7 +103,8 @@ def _open(
         _clear(folder)
     old = load_manifest(folder)
     new = _resume(recipe, folder, old, redo, reread)
-    if "prune" in redo or (old is not None and old.fingerprint != new.fingerprint and not _begun(folder, old)):
+    changed = old is not None and old.fingerprint != new.fingerprint
+    if "prune" in redo or (old is not None and changed and not _begun(folder, old)):
         shutil.rmtree(folder.journal, ignore_errors=True)
     write_atomic(folder.manifest, new.model_dump_json(indent=1))
     return new
@@ -145,7 +146,9 @@ def _check_change(old: Manifest, new: Manifest, folder: BuildDir, reread: Collec
 
 def _listed(changed: list[str], old: Manifest, new: Manifest) -> str:
     """The first keys that changed, with both values."""
-    shown = [f"{key} was {_value(old.recipe, key)!r} and is {_value(new.recipe, key)!r}" for key in changed[:4]]
+    shown = [
+        f"{key} was {_value(old.recipe, key)!r} and is {_value(new.recipe, key)!r}" for key in changed[:4]
+    ]
     more = [f"{len(changed) - 4} more"] if len(changed) > 4 else []
     return "; ".join(shown + more)
 
@@ -180,7 +183,7 @@ def _refuse_strangers(folder: BuildDir) -> None:
 
 @contextmanager
 def _os_errors(folder: BuildDir) -> Iterator[None]:
-    """A full disk and refused access are the user's to mend; any other error of the system is a bug of ours."""
+    """A full disk and refused access are the user's to mend; other errors of the system are bugs of ours."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -191,7 +194,7 @@ def _os_errors(folder: BuildDir) -> Iterator[None]:
             raise EsparseError(
                 f"the disk is full ({free / 2**20:.0f} MiB left)",
                 where=folder.root,
-                fix="make room and run the same command again: it resumes; --dry-run prints what a build needs",
+                fix="make room and run the command again: it resumes; --dry-run prints what a build needs",
             ) from error
         if isinstance(error, OSError) and number in _REFUSED:
             raise EsparseError(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, T5Config
 from esparse_trt import gguf, model
 from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import EsparseError
-from esparse_trt.recipe import ModelSection
+from esparse_trt.sections import ModelSection
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from esparse_trt.errors import EsparseError
-from esparse_trt.recipe import Recipe, TextDataset, load_recipe, parse_recipe
+from esparse_trt.recipe import Recipe, load_recipe, parse_recipe
 from esparse_trt.recipe_explain import explain
+from esparse_trt.sections import TextDataset
 
 BASE = {"model": {"path": "model"}, "calibration": {"text": {"path": "text.txt"}}}
 

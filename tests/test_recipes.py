@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from esparse_trt import model, text
-from esparse_trt.recipe import Recipe, TextDataset, TextFile, load_recipe
+from esparse_trt.recipe import Recipe, load_recipe
 from esparse_trt.recipe_explain import explain
+from esparse_trt.sections import TextDataset, TextFile
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from esparse_trt import model as models
 from esparse_trt import text
 from esparse_trt.errors import EsparseError
-from esparse_trt.recipe import TextDataset, TextFile, TextSelf
+from esparse_trt.sections import TextDataset, TextFile, TextSelf
 
 BOS, EOS = 0, 1
 

@@ -20,8 +20,9 @@ from esparse_trt.engine.runner import EngineRunner
 from esparse_trt.engine.shapes import Range, input_ranges
 from esparse_trt.errors import EsparseError
 from esparse_trt.progress import note
-from esparse_trt.recipe import EngineSection, Recipe
+from esparse_trt.recipe import Recipe
 from esparse_trt.records import EngineFile, EngineRecord, ExportRecord
+from esparse_trt.sections import EngineSection
 
 Profiles = Mapping[str, Mapping[str, Range]]
 

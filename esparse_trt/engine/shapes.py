@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from esparse_trt.errors import EsparseError
-from esparse_trt.recipe import Profile
 from esparse_trt.records import TensorSpec
+from esparse_trt.sections import Profile
 
 Shape = tuple[int, ...]
 

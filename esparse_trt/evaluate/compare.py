@@ -43,7 +43,7 @@ from esparse_trt.evaluate.sections import Undo, as_stored, block_index, run_sect
 from esparse_trt.graph.feeds import PRESENT, cache_feed, token_feed
 from esparse_trt.graph.plan import load_plan, undo
 from esparse_trt.progress import note, track
-from esparse_trt.recipe import Recipe, TextSelf
+from esparse_trt.recipe import Recipe
 from esparse_trt.records import (
     Comparison,
     EngineRecord,
@@ -53,6 +53,7 @@ from esparse_trt.records import (
     TaskLevel,
     VerifyRecord,
 )
+from esparse_trt.sections import TextSelf
 
 _TOKENS = 64  # of the text that graphs are compared on; the last one is a decode step
 

@@ -20,7 +20,7 @@ from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import CheckFailed
 from esparse_trt.graph import es24, sparse_gemm
 from esparse_trt.graph.graph import OnnxGraph, write_model
-from esparse_trt.graph.linears import Group, find_groups
+from esparse_trt.graph.linears import Group, Linear, find_groups
 from esparse_trt.graph.proof import LIMITS, example_feeds, outputs, relative_l2
 from esparse_trt.progress import note
 from esparse_trt.records import ExportRecord, Record
@@ -158,14 +158,13 @@ class _Weights:
 
     def _compress(self, group: Group) -> NDArray:
         """The values of a group; its metadata, which comes with them, waits in `ready`."""
-        values, places = [], []
-        for linear in group.linears:
-            stored = self.graph.read(linear.weight)
-            part = es24.compress(stored if linear.k_axis else stored.T, linear.module)
-            values.append(part[0])
-            places.append(part[1])
-        self.ready[f"{group.name}.metadata"] = es24.tile(places, group.shape[1])
-        return np.concatenate(values)
+        parts = [self._compress_one(linear) for linear in group.linears]
+        self.ready[f"{group.name}.metadata"] = es24.tile([places for _, places in parts], group.shape[1])
+        return np.concatenate([values for values, _ in parts])
+
+    def _compress_one(self, linear: Linear) -> tuple[NDArray, NDArray[np.uint16]]:
+        stored = self.graph.read(linear.weight)
+        return es24.compress(stored if linear.k_axis else stored.T, linear.module)
 
 
 # --- proof and record ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from esparse_trt.errors import EsparseError
-from esparse_trt.recipe import LayerSelection
+from esparse_trt.sections import LayerSelection
 from esparse_trt.sparsity.blockwise import BlockwiseModel
 from esparse_trt.sparsity.models import Site, linear
 from esparse_trt.sparsity.pattern import Pattern

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esparse_trt.recipe import PermuteSection
+from esparse_trt.sections import PermuteSection
 from esparse_trt.sparsity.pattern import Pattern
 from esparse_trt.sparsity.permutation import by_head, identity
 from esparse_trt.sparsity.swap import local_shuffle

@@ -13,8 +13,9 @@ from esparse_trt.artifacts import BuildDir
 from esparse_trt.checkpoint import check_weights, fingerprint, weight_files
 from esparse_trt.model import check_vocabulary, load_model, load_tokenizer, resolve
 from esparse_trt.progress import note, track
-from esparse_trt.recipe import PruneSection, Recipe, TextSelf
+from esparse_trt.recipe import Recipe
 from esparse_trt.records import PruneRecord
+from esparse_trt.sections import PruneSection, TextSelf
 from esparse_trt.sparsity.blockwise import BlockwiseModel, resolve_device
 from esparse_trt.sparsity.journal import Journal, save
 from esparse_trt.sparsity.pruner import Pruned, Pruner

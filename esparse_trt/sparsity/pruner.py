@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from esparse_trt.recipe import PruneSection
 from esparse_trt.records import ChannelProfile, KeptScore, LayerRecord
+from esparse_trt.sections import PruneSection
 from esparse_trt.sparsity import calibrate, permute
 from esparse_trt.sparsity.blockwise import BlockwiseModel
 from esparse_trt.sparsity.layers import Layer, PlannedSite, plan_layers

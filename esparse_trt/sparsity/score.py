@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esparse_trt.recipe import ScoreSection
+from esparse_trt.sections import ScoreSection
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from esparse_trt.engine.shapes import input_ranges
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph.export import export_models
 from esparse_trt.graph.feeds import cache_feed, next_cache, token_feed
-from esparse_trt.recipe import Profile, parse_recipe
+from esparse_trt.recipe import parse_recipe
+from esparse_trt.sections import Profile
 
 try:
     import tensorrt_rtx as rtx

@@ -4,8 +4,8 @@ import pytest
 
 from esparse_trt.engine.shapes import Range, dimension, input_ranges
 from esparse_trt.errors import EsparseError
-from esparse_trt.recipe import Profile
 from esparse_trt.records import TensorSpec
+from esparse_trt.sections import Profile
 
 INPUTS = [
     TensorSpec(name="input_ids", dtype="int64", shape=["batch", "sequence"]),

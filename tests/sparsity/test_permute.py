@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from esparse_trt.recipe import PermuteSection
+from esparse_trt.sections import PermuteSection
 from esparse_trt.sparsity import permute
 from esparse_trt.sparsity.pattern import Pattern, kept_score
 from esparse_trt.sparsity.permutation import is_identity

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import EsparseError
-from esparse_trt.recipe import PruneSection, Recipe
+from esparse_trt.recipe import Recipe
+from esparse_trt.sections import PruneSection
 from esparse_trt.sparsity.pattern import Pattern, conforming_share, kept_score, nm_mask
 from esparse_trt.sparsity.prune import prune, prune_model
 from esparse_trt.text import token_windows

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from esparse_trt.recipe import ScoreSection
+from esparse_trt.sections import ScoreSection
 from esparse_trt.sparsity.pattern import Pattern, nm_mask
 from esparse_trt.sparsity.score import SCORES, ChannelStatistics, needs_entropy, needs_statistics, score
 
