@@ -39,6 +39,7 @@ from esparse_trt.recipe import Recipe
 from esparse_trt.records import Ablation, AblationRow
 from esparse_trt.sections import LocalShuffle, PruneSection, TextFile, TextSelf
 from esparse_trt.sparsity.blockwise import resolve_device
+from esparse_trt.sparsity.models import family_of
 from esparse_trt.sparsity.prune import Pruned, prune_model
 from esparse_trt.text import evaluation_windows, token_windows, tokens_sha256
 from esparse_trt.workspace import claim
@@ -148,10 +149,12 @@ def _prepare(recipe: Recipe, folder: BuildDir) -> _Setting:
         )
     trust = recipe.model.trust_remote_code
     path = resolve(recipe.model, folder)
+    config = load_config(path, trust_remote_code=trust)
+    family_of(config)
     check_weights(path, trust_remote_code=trust)
     device = resolve_device(recipe.prune.device)
     tokenizer = load_tokenizer(recipe.model.tokenizer or path, trust_remote_code=trust)
-    check_vocabulary(tokenizer, load_config(path, trust_remote_code=trust))
+    check_vocabulary(tokenizer, config)
     # A CPU computes in fp32, as pruning does; a GPU in the checkpoint's own type.
     dense = load_model(
         path, torch.float32 if device.type == "cpu" else "auto", device, trust_remote_code=trust

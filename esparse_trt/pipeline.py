@@ -38,6 +38,7 @@ from esparse_trt.records import (
     VerifyRecord,
 )
 from esparse_trt.sparsity.prune import prune
+from esparse_trt.text import require_readable
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ def build(
     folder = BuildDir(out if out is not None else Path("build") / recipe.name)
     stages, again = _extent(first, last)
     with workspace.claim(recipe, folder, fresh=fresh, **again) as manifest:
+        if any(stage.name == "verify" and not _finished(stage, folder, manifest) for stage in stages):
+            require_readable(recipe.verify.text)
         for stage in stages:
             if _finished(stage, folder, manifest):
                 note(f"{stage.name:8} already done", style="dim", stage=stage.name, status="resumed")

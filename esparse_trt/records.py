@@ -107,7 +107,7 @@ class FoldRecord(Record):
 class CertifiedTensor(Record):
     """One tensor that was found N:M along K in memory order; `groups` of m weights were looked at."""
 
-    where: str = Field(description="checkpoint or onnx")
+    where: str = Field(description="checkpoint, onnx/explicit.onnx or onnx/sparse.onnx")
     name: str
     shape: list[int]
     pattern: str

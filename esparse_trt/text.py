@@ -113,6 +113,16 @@ def tokens_sha256(ids: torch.Tensor) -> str:
     return hashlib.sha256(ids.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
+def require_readable(source: TextFile | TextDataset | TextSelf | None) -> None:
+    """Find a wrong path before hours of work; whether a text is long enough only its tokens tell.
+
+    Raises:
+        EsparseError: a text file that is missing, not UTF-8 or blank.
+    """
+    if isinstance(source, TextFile) and not _read_file(source).strip():
+        raise _empty(source)
+
+
 # --- tokens --------------------------------------------------------------------------------------------
 
 
@@ -145,7 +155,7 @@ def _stream(
         if limit is not None and total >= limit:
             break
     if total == 0:
-        raise EsparseError("the text is empty", where=_where(source), fix="name a text that has some words")
+        raise _empty(source)
     return torch.cat(pieces)
 
 
@@ -183,6 +193,10 @@ def _where(source: TextFile | TextDataset) -> str:
     if isinstance(source, TextFile):
         return str(source.path)
     return " ".join(part for part in (source.name, source.config, source.split) if part)
+
+
+def _empty(source: TextFile | TextDataset) -> EsparseError:
+    return EsparseError("the text is empty", where=_where(source), fix="name a text that has some words")
 
 
 def _read_file(source: TextFile) -> str:

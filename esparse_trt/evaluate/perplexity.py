@@ -69,12 +69,11 @@ def perplexity(windows: Tensor, logits_fn: LogitsFn, *, batch: int = 1, what: st
 
 def window_nll(windows: Tensor, logits_fn: LogitsFn, *, batch: int = 1, what: str = "perplexity") -> Tensor:
     """Mean negative log-likelihood of each window's scored tokens, nats: float64 [n]."""
-    parts = []
-    for ids in _batches(windows, batch, what):
-        logits = _checked(logits_fn(ids), ids, what)
-        nll = [-_picked(log_p, ids, rows) for rows, log_p in _log_softmax(logits)]
-        parts.append(torch.cat(nll, dim=1).mean(dim=1).cpu())
-    return torch.cat(parts)
+    total = torch.zeros(len(windows), dtype=torch.float64)
+    for now, ids in _batches(windows, batch, what):
+        for rows, log_p in _log_softmax(_checked(logits_fn(ids), ids, what)):
+            total[now] -= _picked(log_p, ids, rows)
+    return total / (windows.shape[1] - 1)
 
 
 def compare_distributions(
@@ -88,26 +87,24 @@ def compare_distributions(
     Raises:
         CheckFailed: logits are not finite; names the model.
     """
-    dense_nll, sparse_nll = [], []
+    dense_nll, sparse_nll = torch.zeros(2, len(windows), dtype=torch.float64)
     kl = agree = 0.0
-    for ids in _batches(windows, batch, "dense and sparse on the evaluation text"):
+    for now, ids in _batches(windows, batch, "dense and sparse on the evaluation text"):
         dense = _checked(dense_fn(ids), ids, "dense model")
         sparse = _checked(sparse_fn(ids), ids, "sparse model").to(dense.device)
-        pairs = zip(_log_softmax(dense), _log_softmax(sparse), strict=True)
-        dense_part, sparse_part = [], []
-        for (rows, log_p), (_, log_q) in pairs:
-            dense_part.append(-_picked(log_p, ids, rows))
-            sparse_part.append(-_picked(log_q, ids, rows))
+        for (rows, log_p), (_, log_q) in zip(_log_softmax(dense), _log_softmax(sparse), strict=True):
+            dense_nll[now] -= _picked(log_p, ids, rows)
+            sparse_nll[now] -= _picked(log_q, ids, rows)
             agree += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
             kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        dense_nll.append(torch.cat(dense_part, dim=1).mean(dim=1).cpu())
-        sparse_nll.append(torch.cat(sparse_part, dim=1).mean(dim=1).cpu())
-    positions = windows.shape[0] * (windows.shape[1] - 1)
+    scored = windows.shape[1] - 1
     return Distributions(
-        dense_nll=torch.cat(dense_nll),
-        sparse_nll=torch.cat(sparse_nll),
-        kl_divergence=max(kl / positions, 0.0),  # rounding may leave −1e-17 where the two are equal
-        top1_agreement=agree / positions,
+        dense_nll=dense_nll / scored,
+        sparse_nll=sparse_nll / scored,
+        kl_divergence=max(
+            kl / (len(windows) * scored), 0.0
+        ),  # where the two are equal, rounding may leave −1e-17
+        top1_agreement=agree / (len(windows) * scored),
     )
 
 
@@ -145,14 +142,16 @@ def torch_logits(model: PreTrainedModel) -> LogitsFn:
 # --- pieces ----------------------------------------------------------------------------------------------
 
 
-def _batches(windows: Tensor, batch: int, what: str) -> Iterator[Tensor]:
+def _batches(windows: Tensor, batch: int, what: str) -> Iterator[tuple[slice, Tensor]]:
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise EsparseError(
             f"windows of shape {list(windows.shape)}: at least one window of at least 2 tokens is needed",
             where=what,
             fix="give a longer evaluation text or a smaller verify.length",
         )
-    return track(windows.split(batch), what, unit="window")
+    for start in track(range(0, len(windows), batch), what, unit="batch"):
+        now = slice(start, start + batch)
+        yield now, windows[now]
 
 
 def _checked(logits: Tensor, ids: Tensor, what: str) -> Tensor:
@@ -178,9 +177,9 @@ def _log_softmax(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _picked(log_p: Tensor, ids: Tensor, rows: slice) -> Tensor:
-    """Log-probabilities [B, rows] of the tokens that follow the positions `rows`."""
+    """Log-probabilities of the tokens that follow the positions `rows`, summed: [B], on the CPU."""
     targets = ids[:, rows.start + 1 : rows.stop + 1].to(log_p.device)
-    return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return log_p.gather(-1, targets.unsqueeze(-1)).sum(dim=(1, 2)).cpu()
 
 
 def _exp_mean(nll: Tensor) -> float:

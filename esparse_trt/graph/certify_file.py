@@ -84,8 +84,9 @@ def require_conforming(rows: list[WeightRow], pattern: str) -> None:
 def table(rows: list[WeightRow], pattern: str) -> Table:
     """The rows for people."""
     shown = Table(box=None, pad_edge=False)
-    for heading in ("tensor", "shape", "K", f"{pattern} groups", "zeros", ""):
-        shown.add_column(heading, overflow="fold")
+    shown.add_column("tensor", min_width=max(len(row.name) for row in rows))  # never cut a name
+    for heading in ("shape", "K", f"{pattern} groups", "zeros", ""):
+        shown.add_column(heading)
     for row in rows:
         share = f"{row.conforming:.2%}" if row.groups else "—"
         verdict = "[green]yes[/]" if not row.problem else "[red]no[/]" if row.asked else "not asked"

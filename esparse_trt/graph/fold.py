@@ -64,6 +64,7 @@ def fold(recipe: Recipe, folder: BuildDir, exported: ExportRecord) -> FoldRecord
     plan = make_plan(graph, folding, exported)
     model = folded_model(graph, folding)
     size = write_model(model, lambda name: folding.reorder(name, graph.read(name)), folder.sparse_onnx)
+    write_atomic(folder.fold_plan, plan.model_dump_json())
     folded = sum(len(group.gathers) for group in plan.folded)
     note(f"folded {folded} of {len(exported.gathers)} permutations", folded=folded, kept=len(plan.kept))
 
@@ -72,7 +73,6 @@ def fold(recipe: Recipe, folder: BuildDir, exported: ExportRecord) -> FoldRecord
     logits_error = compare(outputs(folder.explicit_onnx, feeds), folder.sparse_onnx, feeds, plan, limit)
     with _dense_permuted(graph, folding, exported, model, folder) as path:
         dense_error = compare(outputs(folder.dense_onnx, feeds), path, feeds, plan, limit)
-    write_atomic(folder.fold_plan, plan.model_dump_json())
     return FoldRecord(
         folded=folded, kept=plan.kept, logits_error=logits_error, dense_error=dense_error, bytes=size
     )

@@ -82,7 +82,6 @@ def _session(
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")  # costs more than two runs gain
     folder = str(graph.path.parent.resolve())
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     return onnxruntime.InferenceSession(

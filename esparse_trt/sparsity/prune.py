@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from esparse_trt.artifacts import BuildDir
 from esparse_trt.checkpoint import check_weights, fingerprint, weight_files
-from esparse_trt.model import check_vocabulary, load_model, load_tokenizer, resolve
+from esparse_trt.model import check_vocabulary, load_config, load_model, load_tokenizer, resolve
 from esparse_trt.progress import note, track
 from esparse_trt.recipe import Recipe
 from esparse_trt.records import PruneRecord
 from esparse_trt.sections import PruneSection, TextSelf
 from esparse_trt.sparsity.blockwise import BlockwiseModel, resolve_device
 from esparse_trt.sparsity.journal import Journal, save
+from esparse_trt.sparsity.models import family_of
 from esparse_trt.sparsity.pruner import Pruned, Pruner
 from esparse_trt.sparsity.save import require_space, write_checkpoint
 from esparse_trt.text import token_windows, tokens_sha256
@@ -59,6 +60,7 @@ def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
     """
     trust = recipe.model.trust_remote_code
     source = resolve(recipe.model, folder)
+    family_of(load_config(source, trust_remote_code=trust))  # before the weights, which take long to check
     check_weights(source, trust_remote_code=trust)
     source_sha256 = fingerprint(source)
     model = BlockwiseModel(source, resolve_device(recipe.prune.device), trust_remote_code=trust)

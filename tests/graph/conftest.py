@@ -37,12 +37,12 @@ from esparse_trt.sparsity.pattern import Pattern, nm_mask
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 COMMON = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=HEADS)
 GATED = dict(**COMMON, intermediate_size=48, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM)
+ONE_LAYER = {**GATED, "num_hidden_layers": 1}
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**GATED),
-    "llama_tied": LlamaConfig(**GATED, tie_word_embeddings=True),
-    "mistral": MistralConfig(**GATED, sliding_window=5),
-    "qwen2": Qwen2Config(**GATED),
-    "qwen3": Qwen3Config(**GATED),
+    "mistral": MistralConfig(**ONE_LAYER, sliding_window=5),
+    "qwen2": Qwen2Config(**ONE_LAYER),
+    "qwen3": Qwen3Config(**ONE_LAYER),
     "gemma3": Gemma3TextConfig(
         **GATED,
         sliding_window=5,

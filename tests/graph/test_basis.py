@@ -114,13 +114,13 @@ def test_reshape_refuses(basis: Basis, source: tuple, target: tuple, reason: str
         reshape_basis(basis, source, target)
 
 
-@pytest.mark.parametrize("squeezed", [False, True])
-@pytest.mark.parametrize(("axis", "by"), [(3, (1,)), (1, ()), (3, (1, 2)), (2, ())])
+@pytest.mark.parametrize(
+    ("axis", "by", "squeezed"),
+    [(3, (1,), False), (1, (), False), (3, (1, 2), False), (2, (), False), (3, (1,), True), (1, (), True)],
+)
 def test_part_of_a_whole(axis: int, by: tuple[int, ...], squeezed: bool) -> None:
     """Permuting one part of axis 2 and nothing else, and getting it back from the whole."""
     start, stop = (4, 5) if squeezed else (2, 5)
-    if squeezed and 2 in (axis, *by):
-        pytest.skip("the part does not have the axis")
     shape = (2, 3, 6, 4)
     whole = some(shape)
     part = whole[:, :, start] if squeezed else whole[:, :, start:stop]

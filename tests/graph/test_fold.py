@@ -18,7 +18,7 @@ from esparse_trt.graph.proof import example_feeds, outputs
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8  # of the families in conftest.py
 RESIDUAL = ("q_proj", "k_proj", "v_proj", "query_key_value", "gate_proj", "up_proj", "fc1", "dense_h_to_4h")
-NAMES = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma3", "opt", "bloom"]
+NAMES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "opt", "bloom"]
 
 
 def permutation_nodes(path: Path) -> list[str]:

@@ -54,7 +54,7 @@ def make_case(
         [node],
         "one",
         [helper.make_tensor_value_info("x", element, [*leading, channels])],
-        [helper.make_tensor_value_info("y", element, None)],
+        [helper.make_tensor_value_info("y", element, [None] * rank)],
         [numpy_helper.from_array(t, f"fc.{name}") for name, t in tensors.items() if t is not None],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
