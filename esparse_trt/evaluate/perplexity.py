@@ -29,7 +29,9 @@ from esparse_trt.progress import track
 
 LogitsFn = Callable[[Tensor], Tensor]
 
-_CHUNK = 1 << 22  # elements of a float64 chunk of log-probabilities: 32 MiB
+# Log-probabilities are made in float64, so many elements at a time: on the CPU as many as its cache holds.
+_CHUNK = 1 << 18
+_CHUNK_GPU = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def _checked(logits: Tensor, ids: Tensor, what: str) -> Tensor:
 def _log_softmax(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """float64 log-probabilities, some positions at a time so that a large vocabulary fits in memory."""
     batch, length, vocab = logits.shape
-    step = max(1, _CHUNK // (batch * vocab))
+    step = max(1, (_CHUNK if logits.device.type == "cpu" else _CHUNK_GPU) // (batch * vocab))
     for start in range(0, length, step):
         rows = slice(start, min(start + step, length))
         yield rows, torch.log_softmax(logits[:, rows].double(), dim=-1)

@@ -39,6 +39,9 @@ _NIBBLES = np.array(
     [_EMPTY, 0xC, 0xD, 0x4, 0xE, 0x8, 0x9, 0, 0xC, 0xC, 0xD, 0, 0xE, 0, 0, 0], dtype=np.uint16
 )
 _COUNTS = np.array([bin(places).count("1") for places in range(16)], dtype=np.uint8)
+# Halves of words by row and chunk, (nt, r16, n+8, g, kt, q, h), to the order of the metadata; and back.
+_TO_WORDS = (4, 0, 1, 6, 3, 5, 2)
+_TO_ROWS = tuple(int(axis) for axis in np.argsort(_TO_WORDS))
 
 
 class Packed(NamedTuple):
@@ -104,9 +107,7 @@ def compress(weight: NDArray, name: str = "weight") -> tuple[NDArray, NDArray[np
             fix="export in float16, and leave layers dense that `why_not` has a reason for",
         )
     bits = weight.view(np.uint16)
-    pairs = np.empty(
-        (rows, channels // 4), dtype=np.uint32
-    )  # both values of a chunk, the first in the low half
+    pairs = np.empty((rows, channels // 4), dtype="<u4")  # of values: the first is the low half
     nibbles = np.full((rows, -(-channels // 16) * 4), _EMPTY, dtype=np.uint16)
     step = max(1, _BLOCK // max(1, channels))
     for start in range(0, rows, step):
@@ -114,9 +115,8 @@ def compress(weight: NDArray, name: str = "weight") -> tuple[NDArray, NDArray[np
         pairs[block], nibbles[block, : channels // 4], bad = _compress(bits[block])
         if bad is not None:
             row, chunk = start + bad[0], bad[1]
-            found = ", ".join(
-                f"{value:.4g}" for value in weight[row, 4 * chunk : 4 * chunk + 4].astype(float)
-            )
+            values = weight[row, 4 * chunk : 4 * chunk + 4].astype(float)
+            found = ", ".join(f"{value:.4g}" for value in values)
             raise EsparseError(
                 f"not 2:4: row {row}, chunk {chunk} (channels {4 * chunk} to {4 * chunk + 3}) "
                 f"holds [{found}]",
@@ -191,8 +191,3 @@ def unpack(packed: Packed) -> NDArray:
     for place in range(4):
         weight[:, place::4] = bits[:, ::2] * (first == place) | bits[:, 1::2] * (second == place)
     return weight.view(values.dtype)
-
-
-# Halves of words by row and chunk, (nt, r16, n+8, g, kt, q, h), and in the order of the metadata.
-_TO_WORDS = (4, 0, 1, 6, 3, 5, 2)
-_TO_ROWS = tuple(int(axis) for axis in np.argsort(_TO_WORDS))

@@ -95,13 +95,8 @@ def find_linear(graph: OnnxGraph, module: str, weight: str) -> Linear:
         raise NotPacked(f"its weight {weight!r} is shared with other nodes")
     (node,) = readers
     gemm = node.op_type == "Gemm"
-    scaled = gemm and (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)) != (1.0, 1.0)
-    if (
-        not (gemm or node.op_type == "MatMul")
-        or node.input[1] != weight
-        or scaled
-        or attribute(node, "transA", 0)
-    ):
+    options = tuple(attribute(node, *option) for option in (("alpha", 1.0), ("beta", 1.0), ("transA", 0)))
+    if node.op_type not in ("MatMul", "Gemm") or node.input[1] != weight or options != (1.0, 1.0, 0):
         raise NotPacked(f"{node.op_type} {node.name!r} is not a plain linear layer")
     k_axis = 1 if gemm and attribute(node, "transB", 0) else 0
     dims = graph.initializers[weight].dims
@@ -135,11 +130,9 @@ def _check_weight(graph: OnnxGraph, linear: Linear) -> None:
     dtype = helper.tensor_dtype_to_np_dtype(graph.initializers[linear.weight].data_type)
     if reason := es24.why_not(*linear.shape, dtype):
         raise NotPacked(reason)
-    violation = examine(
-        graph.read(linear.weight), linear.k_axis, Pattern.parse(sparse_gemm.PATTERN)
-    ).violation
-    if violation:
-        raise NotPacked(f"its weight is not {sparse_gemm.PATTERN}: {violation}")
+    found = examine(graph.read(linear.weight), linear.k_axis, Pattern.parse(sparse_gemm.PATTERN))
+    if found.violation:
+        raise NotPacked(f"its weight is not {sparse_gemm.PATTERN}: {found.violation}")
 
 
 def _absorbed(graph: OnnxGraph, linears: list[Linear], gathers: dict[str, Permutation]) -> Permutation | None:

@@ -72,7 +72,7 @@ def pack(folder: BuildDir, exported: ExportRecord) -> PackRecord:
             stale.unlink(missing_ok=True)
     return PackRecord(
         layout=es24.LAYOUT,
-        gemms=[_record(graph, group) for group in groups],
+        gemms=[_record(group) for group in groups],
         dense=dense,
         permutations={group.gather.node.name: group.name for group in groups if group.gather},
         logits_error=logits_error,
@@ -188,7 +188,7 @@ def _prove_equal(sparse: Path, packed: Path, exported: ExportRecord) -> float:
     return logits
 
 
-def _record(graph: OnnxGraph, group: Group) -> PackedGemm:
+def _record(group: Group) -> PackedGemm:
     rows, channels = group.shape
     return PackedGemm(
         name=group.name,
