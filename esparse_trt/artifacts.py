@@ -39,6 +39,7 @@ _LAYOUT = {
     "dense_onnx": "onnx/dense.onnx",
     "explicit_onnx": "onnx/explicit.onnx",
     "sparse_onnx": "onnx/sparse.onnx",
+    "packed_onnx": "onnx/packed.onnx",
     "fold_plan": "fold_plan.json",
     "certificate": "certificate.json",
     "engine": "engine",

@@ -38,6 +38,7 @@ class StageName(str, Enum):
     prune = "prune"
     export = "export"
     fold = "fold"
+    pack = "pack"
     certify = "certify"
     engine = "engine"
     verify = "verify"
@@ -229,7 +230,7 @@ def doctor(
         table = Table(box=None, show_header=False, pad_edge=False)
         colours = {"ok": "green", "warning": "yellow", "missing": "red"}
         for finding in findings:
-            said = Text(f"{finding.detail}: {finding.consequence}")  # no markup: there are brackets in it
+            said = Text(f"{finding.detail} → {finding.consequence}")  # no markup: there are brackets in it
             if finding.fix:
                 said.append(f"\nfix: {finding.fix}")
             table.add_row(Text(finding.status, colours[finding.status]), finding.name, said)

@@ -24,6 +24,7 @@ from esparse_trt.evaluate.report import report
 from esparse_trt.graph.certify import certify
 from esparse_trt.graph.export import export
 from esparse_trt.graph.fold import fold
+from esparse_trt.graph.pack import pack
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe, load_recipe
 from esparse_trt.records import (
@@ -32,6 +33,7 @@ from esparse_trt.records import (
     EngineRecord,
     ExportRecord,
     FoldRecord,
+    PackRecord,
     PruneRecord,
     Record,
     ReportRecord,
@@ -64,6 +66,10 @@ def _fold(recipe: Recipe, folder: BuildDir, done: Manifest) -> FoldRecord:
     return fold(recipe, folder, done.record("export", ExportRecord))
 
 
+def _pack(recipe: Recipe, folder: BuildDir, done: Manifest) -> PackRecord:
+    return pack(folder, done.record("export", ExportRecord))
+
+
 def _certify(recipe: Recipe, folder: BuildDir, done: Manifest) -> CertifyRecord:
     return certify(recipe, folder, done.record("prune", PruneRecord), done.record("export", ExportRecord))
 
@@ -92,6 +98,8 @@ STAGES = (
     Stage("export", "trace once, write dense.onnx and explicit.onnx", ("export",),
           ("dense_onnx", "explicit_onnx"), _export),
     Stage("fold", "fold permutations into adjacent layers", (), ("sparse_onnx", "fold_plan"), _fold),
+    # No file of its own to look for: where nothing can be packed, none is written.
+    Stage("pack", "compress 2:4 layers into SparseGemm operators", (), (), _pack),
     Stage("certify", "check every sparse tensor in true K order", (), ("certificate",), _certify),
     Stage("engine", "build TensorRT engines", ("engine",), (), _engine),
     Stage("verify", "compare dense and sparse, and the toolchain with PyTorch", ("verify",), (), _verify),

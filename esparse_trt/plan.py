@@ -70,18 +70,22 @@ def plan_build(
     written, memory = _sizes(recipe, parameters), _memory(recipe, model, config, parameters)
     stages = Table("stage", "does", "writes", "memory", "state", box=None)
     for stage, done in states:
-        size = f"{written[stage.name] / GIB:.2f} GiB" if stage.name in written else ""
-        need = f"{memory[stage.name] / GIB:.1f} GiB"
+        size = _size(written[stage.name]) if stage.name in written else ""
+        need = _size(memory[stage.name])
         stages.add_row(stage.name, stage.does, size, need, "[dim]done[/]" if done else "to do")
-    total = sum(written.get(stage.name, 0) for stage, _ in states) / GIB
-    peak = max(memory[stage.name] for stage, _ in states) / GIB
+    total = sum(written.get(stage.name, 0) for stage, _ in states)
+    peak = max(memory[stage.name] for stage, _ in states)
     return Group(
         facts,
         "",
         stages,
         "",
-        f"disk in all: {total:.2f} GiB; peak memory: {peak:.1f} GiB",
+        f"disk in all: {_size(total)}; peak memory: {_size(peak)}",
     )
+
+
+def _size(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"
 
 
 def _config(recipe: Recipe) -> PretrainedConfig:
@@ -113,7 +117,13 @@ def _sizes(recipe: Recipe, parameters: int) -> dict[str, float]:
     onnx = parameters * _width(recipe)
     engines = (2 if recipe.engine.dense else 1) * onnx if recipe.engine.flavour != "none" else 0
     source = 2 * parameters if recipe.model.path is not None and recipe.model.path.suffix == ".gguf" else 0
-    return {"prune": 2 * parameters + source, "export": 2 * onnx, "fold": onnx, "engine": engines}
+    return {
+        "prune": 2 * parameters + source,
+        "export": 2 * onnx,
+        "fold": onnx,
+        "pack": 0.5625 * onnx,
+        "engine": engines,
+    }
 
 
 def _memory(recipe: Recipe, model: nn.Module, config: PretrainedConfig, parameters: int) -> dict[str, float]:

@@ -104,6 +104,30 @@ class FoldRecord(Record):
     bytes: int = Field(description="sparse.onnx plus external data")
 
 
+class PackedGemm(Record):
+    """One `SparseGemm` node of `packed.onnx`; `shape` is [N, K] of all its layers together."""
+
+    name: str = Field(description="of the node; <name>.values, <name>.metadata ... hold the weights")
+    operator: str = Field(description="variant of the operator: with a bias, with an input permutation")
+    layers: list[str] = Field(description="the linear layers in it, in the order of their rows")
+    shape: tuple[int, int]
+    bytes: int = Field(description="values and metadata")
+    dense_bytes: int = Field(description="of the same weights in sparse.onnx")
+
+
+class PackRecord(Record):
+    """What `packed.onnx` runs sparse, and what it does not."""
+
+    layout: str
+    gemms: list[PackedGemm]
+    dense: dict[str, str] = Field(description="linear layer -> why it stays as it is")
+    permutations: dict[str, str] = Field(description="Gather of sparse.onnx -> the node that does its work")
+    logits_error: float | None = Field(
+        description="relative L2 distance of the logits to those of sparse.onnx; null if nothing was packed"
+    )
+    bytes: int = Field(description="packed.onnx plus external data; 0 if nothing could be packed: no file")
+
+
 class CertifiedTensor(Record):
     """One tensor that was found N:M along K in memory order; `groups` of m weights were looked at."""
 

@@ -15,6 +15,7 @@ from esparse_trt.records import (
     DeployRecord,
     EngineRecord,
     FoldRecord,
+    PackRecord,
     PruneRecord,
     VerifyRecord,
 )
@@ -37,6 +38,8 @@ def _rows(manifest: Manifest, folder: Path) -> Iterator[tuple[str, str]]:
     if "fold" in done:
         folded = manifest.record("fold", FoldRecord)
         yield "folded", f"{folded.folded} permutations are free, {len(folded.kept)} stay as Gather"
+    if "pack" in done:
+        yield "packed", _packed(manifest.record("pack", PackRecord))
     if "certify" in done:
         certified = manifest.record("certify", CertifyRecord)
         yield "certified", f"{len(certified.tensors)} tensors are {certified.pattern} along K"
@@ -50,6 +53,14 @@ def _rows(manifest: Manifest, folder: Path) -> Iterator[tuple[str, str]]:
         deployed = manifest.record("deploy", DeployRecord)
         yield "deploy", f"{folder / 'model_repository'} ({deployed.backend}: {deployed.reason})"
     yield "time", f"{sum(stage.seconds for stage in done.values()):.0f} s"
+
+
+def _packed(record: PackRecord) -> str:
+    if not record.bytes:
+        return "nothing: " + "; ".join(sorted(set(record.dense.values())))
+    packed, dense = (sum(getattr(gemm, key) for gemm in record.gemms) for key in ("bytes", "dense_bytes"))
+    layers = sum(len(gemm.layers) for gemm in record.gemms)
+    return f"{layers} layers in {len(record.gemms)} SparseGemm operators, {packed / dense:.4f} of dense bytes"
 
 
 def _pruned(record: PruneRecord) -> str:

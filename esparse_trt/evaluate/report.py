@@ -6,7 +6,7 @@ again at any time. What a partial build lacks is named as missing; nothing is fi
 
 from __future__ import annotations
 
-from math import ceil, exp, log2
+from math import exp
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
@@ -24,6 +24,7 @@ from esparse_trt.records import (
     ExportRecord,
     FoldRecord,
     LayerRecord,
+    PackRecord,
     PruneRecord,
     Record,
     ReportRecord,
@@ -31,8 +32,7 @@ from esparse_trt.records import (
     VerifyRecord,
 )
 
-NEEDED = ("prune", "export", "fold", "certify", "engine", "verify")  # `deploy` runs after the report
-_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+NEEDED = ("prune", "export", "fold", "pack", "certify", "engine", "verify")  # `deploy` runs after the report
 
 R = TypeVar("R", bound=Record)
 
@@ -58,10 +58,8 @@ class Headline(Record):
     sparse_onnx_bytes: int | None = Field(
         None, description="sparse.onnx with its external data: zeros included"
     )
-    packed_bytes_estimate: int | None = Field(
-        None,
-        description="computed, not written: sparse.onnx if the pruned layers were stored as nonzeros and "
-        "their positions",
+    packed_onnx_bytes: int | None = Field(
+        None, description="packed.onnx with its external data; null where nothing could be packed"
     )
     certified_tensors: int | None = None
     fidelity_passed: bool | None = None
@@ -99,6 +97,7 @@ class Report(Record):
     prune: PruneRecord | None
     export: ExportRecord | None
     fold: FoldRecord | None
+    pack: PackRecord | None
     certify: CertifyRecord | None
     engine: EngineRecord | None
     verify: VerifyRecord | None
@@ -129,6 +128,7 @@ def assemble(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Report:
     pruned = _record(manifest, "prune", PruneRecord)
     exported = _record(manifest, "export", ExportRecord)
     folded = _record(manifest, "fold", FoldRecord)
+    packed = _record(manifest, "pack", PackRecord)
     certified = _record(manifest, "certify", CertifyRecord)
     verified = _record(manifest, "verify", VerifyRecord)
     errors = {item.name: item for item in verified.layers} if verified else {}
@@ -143,7 +143,7 @@ def assemble(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Report:
         fingerprint=manifest.fingerprint,
         recipe=manifest.recipe,
         environment=manifest.environment,
-        headline=_headline(pruned, exported, folded, certified, verified),
+        headline=_headline(pruned, exported, folded, packed, certified, verified),
         layers=[
             LayerRow(**layer.model_dump(), error=errors.get(layer.name))
             for layer in (pruned.layers if pruned else [])
@@ -153,6 +153,7 @@ def assemble(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Report:
         prune=pruned,
         export=exported,
         fold=folded,
+        pack=packed,
         certify=certified,
         engine=_record(manifest, "engine", EngineRecord),
         verify=verified,
@@ -182,6 +183,7 @@ def _headline(
     pruned: PruneRecord | None,
     exported: ExportRecord | None,
     folded: FoldRecord | None,
+    packed: PackRecord | None,
     certified: CertifyRecord | None,
     verified: VerifyRecord | None,
 ) -> Headline:
@@ -200,8 +202,8 @@ def _headline(
         facts["dense_onnx_bytes"] = exported.bytes["dense"]
     if folded:
         facts["sparse_onnx_bytes"] = folded.bytes
-    if pruned and exported and folded:
-        facts["packed_bytes_estimate"] = folded.bytes - _saved_by_packing(pruned, _BYTES[exported.dtype])
+    if packed and packed.bytes:
+        facts["packed_onnx_bytes"] = packed.bytes
     if certified:
         facts["certified_tensors"] = len(certified.tensors)
     if verified:
@@ -226,14 +228,3 @@ def _interval(task: TaskLevel) -> tuple[float, float] | None:
     if task.ln_ratio_ci95 is None:
         return None
     return task.ratio * exp(-task.ln_ratio_ci95), task.ratio * exp(task.ln_ratio_ci95)
-
-
-def _saved_by_packing(pruned: PruneRecord, item: int) -> int:
-    """Bytes saved if the pruned layers were n values of `item` bytes and n positions per group of m."""
-    saved = 0.0
-    for layer in pruned.layers:
-        if layer.pattern:
-            kept, group = (int(part) for part in layer.pattern.split(":"))
-            packed = kept / group * (item + ceil(log2(group)) / 8)
-            saved += layer.shape[0] * layer.shape[1] * (item - packed)
-    return int(saved)

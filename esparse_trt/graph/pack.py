@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
-from pydantic import Field
 
 from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import CheckFailed
@@ -23,31 +22,7 @@ from esparse_trt.graph.graph import OnnxGraph, write_model
 from esparse_trt.graph.linears import Group, Linear, find_groups
 from esparse_trt.graph.proof import LIMITS, example_feeds, outputs, relative_l2
 from esparse_trt.progress import note
-from esparse_trt.records import ExportRecord, Record
-
-
-class PackedGemm(Record):
-    """One `SparseGemm` node of `packed.onnx`; `shape` is [N, K] of all its layers together."""
-
-    name: str = Field(description="of the node; <name>.values, <name>.metadata ... hold the weights")
-    operator: str = Field(description="variant of the operator: with a bias, with an input permutation")
-    layers: list[str] = Field(description="the linear layers in it, in the order of their rows")
-    shape: tuple[int, int]
-    bytes: int = Field(description="values and metadata")
-    dense_bytes: int = Field(description="of the same weights in sparse.onnx")
-
-
-class PackRecord(Record):
-    """What `packed.onnx` runs sparse, and what it does not."""
-
-    layout: str
-    gemms: list[PackedGemm]
-    dense: dict[str, str] = Field(description="linear layer -> why it stays as it is")
-    permutations: dict[str, str] = Field(description="Gather of sparse.onnx -> the node that does its work")
-    logits_error: float | None = Field(
-        description="relative L2 distance of the logits to those of sparse.onnx; null if nothing was packed"
-    )
-    bytes: int = Field(description="packed.onnx plus external data; 0 if nothing could be packed: no file")
+from esparse_trt.records import ExportRecord, PackedGemm, PackRecord
 
 
 def pack(folder: BuildDir, exported: ExportRecord) -> PackRecord:
@@ -62,7 +37,7 @@ def pack(folder: BuildDir, exported: ExportRecord) -> PackRecord:
     graph = OnnxGraph(folder.sparse_onnx)
     groups, dense = find_groups(graph, exported)
     note(f"{len(exported.linears) - len(dense)} of {len(exported.linears)} linear layers can be packed")
-    path = folder.onnx / "packed.onnx"
+    path = folder.packed_onnx
     size, logits_error = 0, None
     if groups:
         size = write_model(packed_model(graph, groups), _Weights(graph, groups).read, path)

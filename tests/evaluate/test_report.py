@@ -31,6 +31,7 @@ from esparse_trt.records import (
     FoldRecord,
     KeptScore,
     LayerRecord,
+    PackRecord,
     PruneRecord,
     Record,
     TaskLevel,
@@ -120,6 +121,9 @@ def make_records() -> dict[str, Record]:
         "export": ExportRecord(
             dtype="float16", opset=20, inputs=[ids], outputs=[ids], linears={}, gathers=["g"],
             bytes={"dense": 12_000_000, "explicit": 12_010_000},
+        ),
+        "pack": PackRecord(
+            layout="es24-v1", gemms=[], dense={}, permutations={}, logits_error=0.0, bytes=7_450_000
         ),
         "fold": FoldRecord(
             folded=12, kept={"model.layers.0.mlp.gate_proj.permute": "reads the residual stream"},
@@ -249,19 +253,8 @@ def test_page_leads_with_the_measured_figures(full):
     pruned = 6 * (256 * 256 * 2 + 2 * 128 * 256 + 3 * 768 * 256)
     assert data["headline"]["weights_pruned"] == pytest.approx(pruned / 2 / (pruned + 4096 * 256))
     assert data["headline"]["parameters_pruned"] == pytest.approx(pruned / 2 / 6_000_000)
-    # fp16 2:4: 16 bits become 8 of values and 1 of positions
-    assert data["headline"]["packed_bytes_estimate"] == 12_005_000 - pruned * 7 // 8
-
-
-def test_packed_estimate_counts_positions_of_any_pattern(full):
-    recipe, folder, _ = full
-    records = make_records()
-    layer = make_layers()[0].model_copy(update={"pattern": "1:8", "sparsity": 7 / 8})
-    records["prune"] = records["prune"].model_copy(update={"layers": [layer]})
-    records["export"] = records["export"].model_copy(update={"dtype": "float32"})
-    facts = assemble(recipe, folder, make_manifest(recipe, records))
-    bits_saved = 256 * 256 * (32 - (32 + 3) / 8)
-    assert facts.headline.packed_bytes_estimate == 12_005_000 - bits_saved / 8
+    assert data["headline"]["packed_onnx_bytes"] == 7_450_000
+    assert "packed.onnx takes 7.1 MiB" in top
 
 
 def test_json_follows_its_schema_and_reads_back(full):

@@ -1,0 +1,85 @@
+"""Progress: plain lines, JSON lines, and the bars of other libraries kept away from both."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from esparse_trt import progress
+from esparse_trt.progress import configure, note, track
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    mode, stderr = progress._mode, sys.stderr
+    yield
+    configure(mode)
+    sys.stderr = stderr
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_library_says_nothing(capsys: pytest.CaptureFixture[str]):
+    configure("silent")
+    note("unheard")
+    assert list(track(range(3), "work")) == [0, 1, 2]
+    assert lines(capsys) == []
+
+
+def test_a_line_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]):
+    configure("rich")
+    long = "engines skipped: pip install 'esparse-trt[rtx]' " + "x" * 200
+    note(long, style="bold", fact=1)
+    assert list(track([1, 2], "work")) == [1, 2]
+    assert lines(capsys) == [long]
+
+
+def test_json_lines_hold_message_and_facts(capsys: pytest.CaptureFixture[str]):
+    configure("json")
+    note("prune    [bold] starts", style="bold", stage="prune", folder=Path("x"))
+    (record,) = map(json.loads, lines(capsys))
+    assert record.pop("time") > 0
+    assert record == {"message": "prune [bold] starts", "stage": "prune", "folder": "x"}
+
+
+def test_json_progress_ends_with_the_whole(capsys: pytest.CaptureFixture[str]):
+    configure("json")
+    assert list(track(iter("abc"), "work", total=3, unit="letter")) == ["a", "b", "c"]
+    last = json.loads(lines(capsys)[-1])
+    assert (last["message"], last["done"], last["total"], last["unit"]) == ("work", 3, 3, "letter")
+    assert last["seconds_left"] == 0
+    assert last["rate"] > 0
+
+
+def test_what_others_write_is_wrapped_in_json(capsys: pytest.CaptureFixture[str]):
+    configure("json")
+    configure("json")  # again: wrapped once all the same
+    print("UserWarning: an old API", file=sys.stderr)
+    sys.stderr.write("Loading:  50%\rLoading: 100%\nand half")
+    sys.stderr.write(" a line\n\n")
+    records = [json.loads(line) for line in lines(capsys)]
+    assert all(record["source"] == "stderr" for record in records)
+    assert [record["message"] for record in records] == [
+        "UserWarning: an old API", "Loading: 50%", "Loading: 100%", "and half a line",
+    ]  # fmt: skip
+
+
+def test_the_command_line_keeps_the_bars_of_libraries_away(tiny_recipe: Path, tmp_path: Path):
+    """In processes of their own: libraries read their settings when they are imported."""
+    script = Path(sysconfig.get_path("scripts")) / "esparse-trt"
+    command = [script, "ablate", tiny_recipe, "--out", tmp_path / "out", "--only", "magnitude"]
+    logged = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stderr
+    records = [json.loads(line) for line in logged.splitlines()]
+    started = {"message": "magnitude", "variant": "magnitude", "status": "started"}
+    assert any(started.items() <= record.items() for record in records)
+    assert not any("source" in record for record in records)
+    plain = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert plain.splitlines() == ["magnitude: already measured"]
