@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,21 @@ class StageName(str, Enum):
     verify = "verify"
     report = "report"
     deploy = "deploy"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"esparse-trt {metadata.version('esparse-trt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version")
+    ] = False,
+) -> None:
+    pass
 
 
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file (YAML)", show_default=False)]

@@ -414,6 +414,37 @@ def test_stages_in_the_wrong_order(case: Case):
     assert not case.out.exists()
 
 
+# --- results that fail a check ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gated(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose quality gate no pruned model passes."""
+    data = yaml.safe_load(tiny_recipe.read_text())
+    data["verify"]["max_perplexity_ratio"] = 0.01
+    recipe = tmp_path_factory.mktemp("gated") / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(data))
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def failed_gate(gated: Path) -> Path:
+    """Its build."""
+    out = gated.parent / "out"
+    refused("build", gated, "--out", out, code=1)
+    return out
+
+
+def test_a_quality_gate_names_the_report(gated: Path, failed_gate: Path):
+    before = tree(failed_gate)
+    error = refused("build", gated, "--out", failed_gate, code=1)
+    assert re.match(r"verify.max_perplexity_ratio: perplexity rose .* the gate is 0.01 fix: ", error)
+    assert f"{failed_gate}/report.html shows every figure" in error
+    assert tree(failed_gate) == before
+    assert {"onnx/sparse.onnx", "report.html"} <= before.keys()
+    assert not (failed_gate / "model_repository").exists()
+
+
 # --- certify ---------------------------------------------------------------------------------------------
 
 
@@ -435,20 +466,19 @@ def test_certify_a_file(tmp_path: Path):
     assert "gone.onnx" in refused("certify", tmp_path / "gone.onnx")
 
 
-def test_certify_a_build_that_was_tampered_with(case: Case):
-    assert run("build", case.recipe, "--out", case.out, "--to", "certify")[0] == 0
-    code, output = run("certify", case.out)
+def test_certify_a_build_that_was_tampered_with(failed_gate: Path):
+    code, output = run("certify", failed_gate)
     assert code == 0
-    assert f"42 tensors are 2:4 along K: {case.out}" in output
-    code, output = run("certify", case.out, "--json")
+    assert f"42 tensors are 2:4 along K: {failed_gate}" in output
+    code, output = run("certify", failed_gate, "--json")
     assert len(json.loads(output)["tensors"]) == 42
 
-    file = case.out / "checkpoint" / "model.safetensors"
+    file = failed_gate / "checkpoint" / "model.safetensors"
     weights = load_file(file)
     weights["model.layers.1.mlp.up_proj.weight"] += 1
     save_file(weights, file, {"format": "pt"})
-    error = refused("certify", case.out, code=1)
+    error = refused("certify", failed_gate, code=1)
     assert "tensor 'model.layers.1.mlp.up_proj.weight' is not 2:4 along K" in error
     weights["model.layers.1.mlp.up_proj.weight"] *= 0  # still sparse, but not what was certified
     save_file(weights, file, {"format": "pt"})
-    assert f"{file}: this is not the file that was certified" in refused("certify", case.out, code=1)
+    assert f"{file}: this is not the file that was certified" in refused("certify", failed_gate, code=1)

@@ -10,9 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
 from esparse_trt import progress
+from esparse_trt.artifacts import Manifest, StageEntry
+from esparse_trt.cli import app
+from esparse_trt.engine import flavour
 from esparse_trt.progress import configure, note, track
+from esparse_trt.records import EngineRecord
+from esparse_trt.summary import print_summary
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +90,22 @@ def test_the_command_line_keeps_the_bars_of_libraries_away(tiny_recipe: Path, tm
     assert not any("source" in record for record in records)
     plain = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert plain.splitlines() == ["magnitude: already measured"]
+
+
+def test_brackets_are_no_markup_in_tables(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(flavour, "unusable", lambda name: "not installed")
+    monkeypatch.setattr(flavour, "installed_version", lambda name: None)
+    printed = CliRunner().invoke(app, ["doctor"]).stdout
+    assert all(install in printed for install in flavour.INSTALL.values())
+    assert "[rtx]" in printed
+
+    skipped = EngineRecord(
+        flavour=None, version=None, skipped=flavour.INSTALL["tensorrt_rtx"], dense=None, sparse=None,
+        profiles={}, runnable=False, not_runnable=None,
+    )  # fmt: skip
+    entry = StageEntry(seconds=1, peak_rss_bytes=1, finished="", record=skipped.model_dump())
+    manifest = Manifest(version="", recipe={}, fingerprint="", environment={}, stages={"engine": entry})
+    print_summary(Console(width=200), manifest, Path("out"))
+    assert f"skipped: {skipped.skipped}" in capsys.readouterr().out
