@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from esparse_trt.artifacts import BuildDir, write_atomic
+from esparse_trt.artifacts import BuildDir, load_ablation, write_atomic
 from esparse_trt.errors import EsparseError
 from esparse_trt.evaluate.perplexity import compare_distributions, log_ratio, perplexity, torch_logits
 from esparse_trt.model import (
@@ -251,14 +250,5 @@ def _protocol(recipe: Recipe, windows: torch.Tensor) -> str:
 
 def _stored(folder: BuildDir, shared: str) -> Ablation | None:
     """The table to go on with, None if there is none or its rows were measured on something else."""
-    if not folder.ablation.exists():
-        return None
-    try:
-        table = Ablation.model_validate_json(folder.ablation.read_bytes())
-    except ValidationError as error:
-        raise EsparseError(
-            f"not a table that this version understands: {error}",
-            where=folder.ablation,
-            fix="delete the file",
-        ) from error
-    return table if table.fingerprint == shared else None
+    table = load_ablation(folder)
+    return table if table and table.fingerprint == shared else None

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError
 
 from esparse_trt.errors import EsparseError
-from esparse_trt.records import Record
+from esparse_trt.records import Ablation, Record
 
 
 class BuildDir:
@@ -113,6 +113,24 @@ def load_manifest(folder: BuildDir) -> Manifest | None:
             f"not a manifest that this version understands: {error}",
             where=folder.manifest,
             fix="start over with --fresh",
+        ) from error
+
+
+def load_ablation(folder: BuildDir) -> Ablation | None:
+    """The ablation table of a build folder, or None where there is none.
+
+    Raises:
+        EsparseError: `ablation.json` is there but cannot be read.
+    """
+    if not folder.ablation.exists():
+        return None
+    try:
+        return Ablation.model_validate_json(folder.ablation.read_bytes())
+    except ValidationError as error:
+        raise EsparseError(
+            f"not an ablation table that this version understands: {error}",
+            where=folder.ablation,
+            fix="delete the file and run `esparse-trt ablate` again",
         ) from error
 
 

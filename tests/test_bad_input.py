@@ -297,6 +297,8 @@ def test_a_disk_that_fills_up(case: Case, fill: Callable, monkeypatch: pytest.Mo
     resumed = tree(case.out / "checkpoint")
     assert run("build", case.recipe, "--out", tmp_path / "other", "--to", "prune")[0] == 0
     assert tree(tmp_path / "other" / "checkpoint") == resumed
+    modes = {name: (case.out / name).stat().st_mode for name in ("permutation.safetensors", "build.json")}
+    assert len(set(modes.values())) == 1, "safetensors makes files that only their owner may read"
 
 
 # --- the build folder ------------------------------------------------------------------------------------

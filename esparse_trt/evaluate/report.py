@@ -9,10 +9,9 @@ from __future__ import annotations
 from math import exp
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from esparse_trt.artifacts import BuildDir, Manifest, write_atomic
-from esparse_trt.errors import EsparseError
+from esparse_trt.artifacts import BuildDir, Manifest, load_ablation, write_atomic
 from esparse_trt.evaluate.page import render
 from esparse_trt.recipe import Recipe
 from esparse_trt.records import (
@@ -158,25 +157,12 @@ def assemble(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Report:
         engine=_record(manifest, "engine", EngineRecord),
         verify=verified,
         deploy=_record(manifest, "deploy", DeployRecord),
-        ablation=_ablation(folder),
+        ablation=load_ablation(folder),
     )
 
 
 def _record(manifest: Manifest, stage: str, kind: type[R]) -> R | None:
     return manifest.record(stage, kind) if stage in manifest.stages else None
-
-
-def _ablation(folder: BuildDir) -> Ablation | None:
-    if not folder.ablation.exists():
-        return None
-    try:
-        return Ablation.model_validate_json(folder.ablation.read_bytes())
-    except ValidationError as error:
-        raise EsparseError(
-            f"not an ablation table that this version understands: {error}",
-            where=folder.ablation,
-            fix="delete the file and run `esparse-trt ablate` again",
-        ) from error
 
 
 def _headline(

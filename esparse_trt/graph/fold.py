@@ -7,11 +7,10 @@ Gather goes; if not, it stays and `fold_plan.json` says why. The result is prove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from numpy.typing import NDArray
 from onnx import ModelProto
@@ -21,7 +20,7 @@ from esparse_trt.graph.basis import Basis, Refused, change_basis
 from esparse_trt.graph.carry import carry_over
 from esparse_trt.graph.feeds import PAST, PRESENT
 from esparse_trt.graph.flood import Flood, Shared, explicit_permutations, flood
-from esparse_trt.graph.graph import OnnxGraph, write_model
+from esparse_trt.graph.graph import OnnxGraph, keep, write_model
 from esparse_trt.graph.plan import FoldedGroup, FoldPlan, TensorBasis
 from esparse_trt.graph.proof import LIMITS, compare, example_feeds, outputs
 from esparse_trt.graph.signature import Node, Slot, reduction_axis
@@ -142,20 +141,13 @@ def folded_model(graph: OnnxGraph, folding: Folding) -> ModelProto:
     model.CopyFrom(graph.model)
     renamed = {node.output[0]: node.input[0] for node in model.graph.node if node.name in gone}
     indices = {node.input[1] for node in model.graph.node if node.name in gone}
-    _keep(model.graph.node, lambda node: node.name not in gone)
+    keep(model.graph.node, lambda node: node.name not in gone)
     for node in model.graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
     indices -= {name for node in model.graph.node for name in node.input}
-    _keep(model.graph.initializer, lambda tensor: tensor.name not in indices)
-    _keep(model.graph.value_info, lambda value: value.name not in renamed)
+    keep(model.graph.initializer, lambda tensor: tensor.name not in indices)
+    keep(model.graph.value_info, lambda value: value.name not in renamed)
     return model
-
-
-def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
-    """Filter a repeated protobuf field in place."""
-    kept = [item for item in items if wanted(item)]
-    del items[:]
-    items.extend(kept)
 
 
 @contextmanager

@@ -235,3 +235,10 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep(items: Any, wanted: Callable[[Any], bool]) -> None:
+    """Filter a repeated protobuf field in place."""
+    kept = [item for item in items if wanted(item)]
+    del items[:]
+    items.extend(kept)

@@ -7,9 +7,7 @@ stays as it is, with its reason in the record. The result is proved equal to `sp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import CheckFailed
 from esparse_trt.graph import es24, sparse_gemm
-from esparse_trt.graph.graph import OnnxGraph, write_model
+from esparse_trt.graph.graph import OnnxGraph, keep, write_model
 from esparse_trt.graph.linears import Group, Linear, find_groups
 from esparse_trt.graph.proof import LIMITS, example_feeds, outputs, relative_l2
 from esparse_trt.progress import note
@@ -78,8 +76,8 @@ def packed_model(graph: OnnxGraph, groups: list[Group]) -> ModelProto:
     read = {name for node in nodes for name in node.input}
     made = {name for node in nodes for name in node.output}
     new = [name for group in groups for node in _nodes(group) for name in node.input[1:]]
-    _keep(model.graph.initializer, lambda tensor: tensor.name in read)
-    _keep(model.graph.value_info, lambda value: value.name in made)
+    keep(model.graph.initializer, lambda tensor: tensor.name in read)
+    keep(model.graph.value_info, lambda value: value.name in made)
     model.graph.initializer.extend(TensorProto(name=name) for name in new if name not in graph.initializers)
     return model
 
@@ -100,13 +98,6 @@ def _nodes(group: Group) -> list[NodeProto]:
         return [gemm]
     sizes = [whole, f"{group.name}.sizes"]
     return [gemm, helper.make_node("Split", sizes, outputs, name=f"{group.name}/split", axis=-1)]
-
-
-def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
-    """Filter a repeated protobuf field in place."""
-    kept = [item for item in items if wanted(item)]
-    del items[:]
-    items.extend(kept)
 
 
 class _Weights:

@@ -165,7 +165,10 @@ def _names(file: Any, kind: str) -> list[str]:
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file under a temporary name, flush it to disk and rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # that of any new file; safetensors makes files for their owner alone
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    temporary.chmod(mode)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

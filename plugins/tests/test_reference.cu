@@ -11,14 +11,7 @@
 
 #include "esparse/es24.h"
 #include "esparse/sparse_gemm.h"
-
-#define REQUIRE(condition)                                                    \
-  do {                                                                        \
-    if (!(condition)) {                                                       \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
-      std::exit(1);                                                           \
-    }                                                                         \
-  } while (0)
+#include "require.h"
 
 namespace {
 
