@@ -18,7 +18,7 @@ from esparse_trt.errors import CheckFailed
 from esparse_trt.graph import es24, sparse_gemm
 from esparse_trt.graph.graph import OnnxGraph, keep, write_model
 from esparse_trt.graph.linears import Group, Linear, find_groups
-from esparse_trt.graph.proof import LIMITS, example_feeds, outputs, relative_l2
+from esparse_trt.graph.proof import LIMIT, example_feeds, outputs, relative_l2
 from esparse_trt.progress import note
 from esparse_trt.records import ExportRecord, PackedGemm, PackRecord
 
@@ -139,14 +139,13 @@ class _Weights:
 def _prove_equal(sparse: Path, packed: Path, exported: ExportRecord) -> float:
     """Run both files on the same feeds; the largest distance of the logits."""
     feeds = example_feeds(exported.inputs, int(exported.outputs[0].shape[-1]))
-    limit = LIMITS[exported.dtype]
     logits = 0.0
     for expected, found in zip(outputs(sparse, feeds), outputs(packed, feeds), strict=True):
         for name, value in expected.items():
             error = relative_l2(found[name], value)
-            if not error <= limit:
+            if not error <= LIMIT:
                 raise CheckFailed(
-                    f"packing changed {name!r} by {error:.2e} relative to what it was (limit {limit:.0e})",
+                    f"packing changed {name!r} by {error:.2e} relative to what it was (limit {LIMIT:.0e})",
                     where=packed,
                     fix="please report this with the recipe",
                 )
