@@ -1,0 +1,35 @@
+"""On the quickstart model, methods rank as they should: order is asserted, digits are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from esparse_trt.ablate import run_ablation
+from esparse_trt.recipe import parse_recipe
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@pytest.fixture(scope="module")
+def perplexity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Perplexity by variant, on a part of the recipe's texts and with smaller blocks, to be quick."""
+    data = yaml.safe_load((RECIPES / "quickstart.yaml").read_text(encoding="utf-8"))
+    data["calibration"] |= {"samples": 24, "length": 128}
+    data["prune"]["permute"]["local"] = {"block": 64}
+    data["verify"] |= {"samples": 16, "length": 256}
+    recipe = parse_recipe({**data, "name": "quickstart"}, base=RECIPES)
+    names = ["magnitude", "wanda", "e_sparse"]
+    table = run_ablation(recipe, tmp_path_factory.mktemp("methods") / "out", only=names)
+    return {"dense": table.dense_perplexity} | {row.name: row.perplexity for row in table.rows}
+
+
+def test_a_score_with_activations_beats_magnitude(perplexity: dict[str, float]):
+    assert perplexity["dense"] < perplexity["wanda"] < perplexity["magnitude"]
+
+
+def test_both_shuffles_beat_wanda_and_magnitude(perplexity: dict[str, float]):
+    assert perplexity["e_sparse"] < perplexity["wanda"]
+    assert perplexity["e_sparse"] < perplexity["magnitude"]
