@@ -87,7 +87,7 @@ def plan_build(
 
 
 def _size(count: float) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
 def _config(recipe: Recipe) -> PretrainedConfig:
@@ -115,10 +115,10 @@ def _width(recipe: Recipe) -> int:
 
 
 def _sizes(recipe: Recipe, parameters: int) -> dict[str, float]:
-    """Bytes that each stage leaves on disk; the model repository is made of hard links.
+    """Bytes that each stage leaves on disk; of a model repository with an ONNX model, which is copied.
 
-    TensorRT-RTX gives every profile a copy of the weights that are multiplied (*measured*: 1.2 GiB of ONNX make
-    an engine of 1.2 GiB with one profile and of 2.1 GiB with two).
+    TensorRT-RTX gives every profile a copy of the weights that are multiplied (*measured*: of 1.2 GiB of ONNX
+    it makes an engine of 1.2 GiB with one profile and of 2.1 GiB with two).
     """
     onnx = parameters * _width(recipe)
     engines = (2 if recipe.engine.dense else 1) * len(recipe.engine.profiles) * onnx
@@ -129,6 +129,7 @@ def _sizes(recipe: Recipe, parameters: int) -> dict[str, float]:
         "fold": onnx,
         "pack": 0.5625 * onnx,
         "engine": engines if recipe.engine.flavour != "none" else 0,
+        "deploy": onnx,
     }
 
 

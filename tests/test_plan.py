@@ -35,8 +35,8 @@ def test_the_quickstart(tmp_path: Path):
     assert "llama, 5.8 M parameters" in output
     assert "42 linear layers, 82% of the parameters, to 2:4" in output
     assert states(output) == dict.fromkeys(pipeline.STAGE_NAMES, "to do")
-    # At least a checkpoint, three ONNX models and two engines, 11.1 MiB each in fp16.
-    assert 6 * 11 < float(re.search(r"disk in all: ([\d.]+) MiB", output)[1]) < 9 * 11
+    # A checkpoint, ONNX models, two engines and a model repository, of 11.1 MiB in fp16 each or more.
+    assert 6 * 11 < float(re.search(r"disk in all: ([\d.]+) MiB", output)[1]) < 10 * 11
     assert not (tmp_path / "out").exists()
 
 
@@ -94,4 +94,4 @@ def test_estimates_tell_small_models_from_large_ones():
     hidden = recipe.calibration.samples * recipe.calibration.length * 4096 * 4
     block = 4 * 202_383_360
     assert hidden + block < memory["prune"] < 2 * hidden + 8 * block
-    assert 5.9 * fp16 < sum(_sizes(recipe, parameters).values()) < 9 * fp16
+    assert 5.9 * fp16 < sum(_sizes(recipe, parameters).values()) < 10 * fp16
