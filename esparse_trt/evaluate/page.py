@@ -77,6 +77,16 @@ def _checks(facts: Report) -> list[Check]:
         checks.append(Check("Folding", True, text))
     else:
         checks.append(Check("Folding", None, "stage fold has not run"))
+    if facts.pack and facts.pack.bytes:
+        layers = plural(sum(len(gemm.layers) for gemm in facts.pack.gemms), "layer")
+        operators = plural(len(facts.pack.gemms), "SparseGemm operator")
+        error = tiny(facts.pack.logits_error)
+        checks.append(
+            Check("Packing", True, f"{layers} in {operators}; logits differ by {error} from sparse.onnx")
+        )
+    else:
+        reason = "no layer could be packed" if facts.pack else "stage pack has not run"
+        checks.append(Check("Packing", None, reason))
     if facts.certify:
         tensors = plural(len(facts.certify.tensors), "tensor")
         text = f"{tensors} checked: {facts.certify.pattern} along K as stored"

@@ -114,7 +114,8 @@ def _certificate(
     total = len(layers) * (1 + len(onnx_files))
     tensors = [_check(weight, folder) for weight in track(weights, "certify", total=total, unit="tensor")]
     files = [*weight_files(folder.checkpoint), folder.permutation]
-    files += [file for path in onnx_files for file in (path, path.with_name(f"{path.name}.data"))]
+    for path in (*onnx_files, folder.packed_onnx):  # the packed layout can hold nothing but 2:4
+        files += [path, path.with_name(f"{path.name}.data")]
     return CertifyRecord(
         pattern=recipe.prune.pattern,
         tensors=tensors,

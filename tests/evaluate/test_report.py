@@ -255,6 +255,7 @@ def test_page_leads_with_the_measured_figures(full):
     assert data["headline"]["parameters_pruned"] == pytest.approx(pruned / 2 / 6_000_000)
     assert data["headline"]["packed_onnx_bytes"] == 7_450_000
     assert "packed.onnx takes 7.1 MiB" in top
+    assert "0 SparseGemm operators; logits differ by 0 from sparse.onnx" in top
 
 
 def test_json_follows_its_schema_and_reads_back(full):
