@@ -4,6 +4,7 @@
 
 #include <cstdio>
 
+#include "candidate.h"
 #include "esparse/es24.h"
 #include "esparse/sparse_gemm.h"
 
@@ -30,16 +31,33 @@ __global__ void reference(esparse_gemm p) {
   static_cast<T*>(p.y)[m * p.n + n] = static_cast<T>(sum);
 }
 
+const char* launch_reference(const esparse_gemm& p, cudaStream_t stream) {
+  const dim3 block(128);
+  const dim3 grid(static_cast<unsigned>(p.m), static_cast<unsigned>(esparse::ceil_div(p.n, block.x)));
+  const auto kernel = p.dtype == ESPARSE_FP16 ? reference<__half> : reference<__nv_bfloat16>;
+  kernel<<<grid, block, 0, stream>>>(p);
+  const cudaError_t error = cudaGetLastError();
+  return error ? cudaGetErrorString(error) : nullptr;
+}
+
+class Reference final : public esparse::Candidate {
+ public:
+  std::string name() const override { return "reference"; }
+  const char* unsupported(const esparse_gemm&, const esparse_gpu&) const override { return nullptr; }
+  bool reads_permuted() const override { return true; }
+  const char* launch(const esparse_gemm& problem, const esparse_launch& launch) const override {
+    return launch_reference(problem, static_cast<cudaStream_t>(launch.stream));
+  }
+};
+
 }  // namespace
+
+void esparse::add_reference(Candidates& all) { all.push_back(std::make_unique<Reference>()); }
 
 esparse_status esparse_gemm_reference(const esparse_gemm* problem, void* stream, esparse_message* message) {
   if (const esparse_status status = esparse_check(problem, message); status != ESPARSE_SUCCESS) return status;
-  const dim3 block(128);
-  const dim3 grid(static_cast<unsigned>(problem->m), static_cast<unsigned>(esparse::ceil_div(problem->n, block.x)));
-  const auto kernel = problem->dtype == ESPARSE_FP16 ? reference<__half> : reference<__nv_bfloat16>;
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(*problem);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
-    if (message) std::snprintf(message->text, sizeof message->text, "launch: %s", cudaGetErrorString(error));
+  if (const char* error = launch_reference(*problem, static_cast<cudaStream_t>(stream))) {
+    if (message) std::snprintf(message->text, sizeof message->text, "launch: %s", error);
     return ESPARSE_CUDA_ERROR;
   }
   return ESPARSE_SUCCESS;

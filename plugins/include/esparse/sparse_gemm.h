@@ -47,6 +47,48 @@ ESPARSE_API int64_t esparse_metadata_words(int64_t n, int64_t k);
 /* Check a problem without touching the device. `message` may be null. */
 ESPARSE_API esparse_status esparse_check(const esparse_gemm* problem, esparse_message* message);
 
+/* What a candidate may depend on. Filled by esparse_current_gpu, or by hand to plan for a GPU that is not here. */
+typedef struct {
+  int32_t capability;      /* compute capability, 10 * major + minor: 90 for an H100 */
+  int32_t multiprocessors; /* 132 for an H100 SXM */
+} esparse_gpu;
+
+typedef struct {
+  void* stream;           /* cudaStream_t */
+  void* workspace;        /* esparse_workspace_bytes() bytes, 256-byte aligned; may be null when those are 0 */
+  size_t workspace_bytes; /* what `workspace` holds */
+  int32_t programmatic;   /* nonzero: programmatic dependent launch. The kernel may start, and prefetch weights, before
+                             the previous kernel of the stream has ended; x, y and the workspace wait for its end. */
+} esparse_launch;
+
+/* Kernels with their launch parameters are "candidates", numbered 0 .. count - 1. Numbers may change between versions
+ * of the library, names ("decode_r4k2u4s2") keep their meaning: tables and engines store names. */
+ESPARSE_API int32_t esparse_candidate_count(void);
+ESPARSE_API const char* esparse_candidate_name(int32_t candidate); /* null when there is no such candidate */
+ESPARSE_API int32_t esparse_find_candidate(const char* name);      /* -1 when there is none of that name */
+
+/* Version of the library, and a digest of its kernels: a table of timings is valid for one such digest. */
+ESPARSE_API const char* esparse_version(void);
+ESPARSE_API const char* esparse_kernel_set(void);
+
+/* The GPU that is current in this thread. */
+ESPARSE_API esparse_status esparse_current_gpu(esparse_gpu* gpu, esparse_message* message);
+
+/* Whether the candidate can run a problem of this m, n, k, dtype, bias and permutation; pointers are only compared
+ * with null. ESPARSE_NOT_SUPPORTED with the reason when it cannot. */
+ESPARSE_API esparse_status esparse_supports(const esparse_gemm* problem, const esparse_gpu* gpu, int32_t candidate,
+                                            esparse_message* message);
+
+/* The candidate for a problem of which nothing has been measured; always one that supports it, -1 if none does. */
+ESPARSE_API int32_t esparse_default_candidate(const esparse_gemm* problem, const esparse_gpu* gpu);
+
+/* Scratch memory of the candidate for this problem. Nothing in it outlives the call. */
+ESPARSE_API size_t esparse_workspace_bytes(const esparse_gemm* problem, int32_t candidate);
+
+/* Enqueue y = x W^T + bias on the launch's stream, capturable in a CUDA graph. */
+ESPARSE_API esparse_status esparse_gemm_run(const esparse_gemm* problem, int32_t candidate,
+                                            const esparse_launch* launch, esparse_message* message);
+
 /* The plain CUDA-core kernel that every other kernel is tested against. `stream` is a cudaStream_t. */
 ESPARSE_API esparse_status esparse_gemm_reference(const esparse_gemm* problem, void* stream, esparse_message* message);
 

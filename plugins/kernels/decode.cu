@@ -1,0 +1,3 @@
+#include "candidate.h"
+
+void esparse::add_decode(Candidates&) {}
