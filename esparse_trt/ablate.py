@@ -11,7 +11,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,46 +36,15 @@ from esparse_trt.model import (
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe
 from esparse_trt.records import Ablation, AblationRow
-from esparse_trt.sections import LocalShuffle, PruneSection, TextFile, TextSelf
+from esparse_trt.sections import TextFile, TextSelf
 from esparse_trt.sparsity.blockwise import resolve_device
 from esparse_trt.sparsity.models import family_of
 from esparse_trt.sparsity.prune import Pruned, prune_model
 from esparse_trt.text import evaluation_windows, token_windows, tokens_sha256
+from esparse_trt.variants import VARIANTS, choose, load_grid
 from esparse_trt.workspace import claim
 
 _BATCH = 4  # evaluation windows at a time
-_UNPERMUTED = {"global": "none", "local": None, "residual": "none"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of the table: what it changes in the recipe's prune section."""
-
-    name: str
-    score: dict[str, Any] = field(default_factory=dict)
-    permute: dict[str, Any] = field(default_factory=dict)
-
-    def settings(self) -> dict[str, Any]:
-        """The changes by dotted recipe key."""
-        score = {f"score.{key}": value for key, value in self.score.items()}
-        return score | {f"permute.{key}": value for key, value in self.permute.items()}
-
-
-VARIANTS = (
-    Variant("magnitude", {"method": "magnitude"}, _UNPERMUTED),
-    Variant("wanda", {"method": "wanda"}, _UNPERMUTED),
-    Variant("ria", {"method": "ria"}, _UNPERMUTED),
-    Variant("e_sparse, no shuffle", {}, _UNPERMUTED),
-    Variant("e_sparse"),
-    Variant("e_sparse, entropy off", {"entropy": False}),
-    Variant("e_sparse, global off", {}, {"global": "none"}),
-    Variant("e_sparse, global sorted", {}, {"global": "sort"}),
-    Variant("e_sparse, local off", {}, {"local": None}),
-    Variant("e_sparse, local full width", {}, {"local": {"block": 1 << 20}}),
-    Variant("e_sparse, objective score", {}, {"objective": "score"}),
-    Variant("e_sparse, residual shared", {}, {"residual": "shared"}),
-    Variant("e_sparse, residual none", {}, {"residual": "none"}),
-)
 
 
 @dataclass(frozen=True)
@@ -90,7 +59,9 @@ class _Setting:
     sparse: PreTrainedModel  # a copy of `dense` that the variants' masks are applied to
 
 
-def run_ablation(recipe: Recipe, out: Path, *, only: Iterable[str] | None = None) -> Ablation:
+def run_ablation(
+    recipe: Recipe, out: Path, *, only: Iterable[str] | None = None, grid: Path | None = None
+) -> Ablation:
     """Measure the variants on the recipe's model and texts, and store `ablation.json` in the build folder.
 
     The plain `e_sparse` row has both shuffles and runtime gathers for the residual stream, with the recipe's
@@ -99,11 +70,12 @@ def run_ablation(recipe: Recipe, out: Path, *, only: Iterable[str] | None = None
     Args:
         out: a build folder of the same recipe, or a new one.
         only: names of the variants to run; default all.
+        grid: a YAML file of variants to run instead of the built-in ones, see `variants`.
 
     Raises:
-        EsparseError: no evaluation text, an unknown variant, or the folder belongs to another recipe.
+        EsparseError: no evaluation text, a bad variant, or the folder belongs to another recipe.
     """
-    variants = _chosen(only)
+    variants = choose(recipe.prune, load_grid(grid) if grid else VARIANTS, only)
     folder = BuildDir(out)
     with claim(recipe, folder):
         setting = _prepare(recipe, folder)
@@ -115,8 +87,7 @@ def run_ablation(recipe: Recipe, out: Path, *, only: Iterable[str] | None = None
             dense_perplexity=perplexity(setting.windows, torch_logits(setting.dense), batch=_BATCH),
             rows=[],
         )
-        for variant in variants:
-            section = _section(recipe.prune, variant)
+        for variant, section in variants:
             settings = variant.settings()
             if any(row.name == variant.name and row.settings == settings for row in table.rows):
                 note(f"{variant.name}: already measured", style="dim", variant=variant.name, status="resumed")
@@ -192,32 +163,12 @@ def print_table(console: Console, table: Ablation) -> None:
     console.print(shown)
 
 
-def _chosen(only: Iterable[str] | None) -> tuple[Variant, ...]:
-    names = [variant.name for variant in VARIANTS]
-    wanted = list(only) if only else names
-    unknown = [name for name in wanted if name not in names]
-    if unknown:
-        raise EsparseError(f"no variant is called {unknown[0]!r}", fix=f"choose from: {'; '.join(names)}")
-    return tuple(variant for variant in VARIANTS if variant.name in wanted)
-
-
-def _section(base: PruneSection, variant: Variant) -> PruneSection:
-    """The recipe's prune section with E-Sparse and both shuffles on, less what the variant changes."""
-    local = base.permute.local or LocalShuffle()
-    both = {"global": "deal", "local": local.model_dump(), "residual": "gather", "objective": "error"}
-    score = {**base.score.model_dump(), "method": "e_sparse", "entropy": True, **variant.score}
-    return PruneSection.model_validate(
-        {**base.model_dump(by_alias=True), "score": score, "permute": {**both, **variant.permute}}
-    )
-
-
 def _apply(pruned: Pruned, dense: PreTrainedModel, sparse: PreTrainedModel) -> None:
-    """Make `sparse` the masked copy of `dense`; every variant masks the same layers."""
-    weights, masked = dict(dense.named_parameters()), dict(sparse.named_parameters())
+    """Make `sparse` the pruned copy of `dense`; every variant prunes the same layers."""
     with torch.no_grad():
-        for name, mask in pruned.masks.items():
-            weight = weights[f"{name}.weight"]
-            masked[f"{name}.weight"].copy_(weight * mask.to(weight.device))
+        for name in pruned.masks:
+            sparse.get_parameter(f"{name}.weight").copy_(dense.get_parameter(f"{name}.weight"))
+    pruned.apply(sparse)
 
 
 def _measure(name: str, settings: dict[str, Any], seconds: float, setting: _Setting) -> AblationRow:

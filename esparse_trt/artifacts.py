@@ -40,6 +40,7 @@ _LAYOUT = {
     "explicit_onnx": "onnx/explicit.onnx",
     "sparse_onnx": "onnx/sparse.onnx",
     "packed_onnx": "onnx/packed.onnx",
+    "engine_onnx": "onnx/engine.onnx",  # packed.onnx as the plugin's engine is built from it
     "fold_plan": "fold_plan.json",
     "certificate": "certificate.json",
     "engine": "engine",

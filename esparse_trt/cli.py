@@ -139,6 +139,7 @@ def ablate(
     recipe: RecipeArgument,
     out: Annotated[Path | None, typer.Option(help="Build folder (default: build/<recipe name>)")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Run only this row; may be repeated")] = None,
+    grid: Annotated[Path | None, typer.Option(help="YAML file with rows to run instead")] = None,
     json_logs: JsonOption = False,
 ) -> None:
     """Prune one model with every method and with each part of E-Sparse taken away, and compare.
@@ -150,7 +151,8 @@ def ablate(
         from esparse_trt.recipe import load_recipe
 
         loaded = load_recipe(recipe)
-        print_table(console, run_ablation(loaded, out or Path("build") / loaded.name, only=only))
+        table = run_ablation(loaded, out or Path("build") / loaded.name, only=only, grid=grid)
+        print_table(console, table)
 
 
 @app.command(
@@ -211,6 +213,41 @@ def report(
         recipe = parse_recipe(manifest.recipe, base=build.root, where=build.manifest)
         reports.report(recipe, build, manifest)
         print(folder / "report.html")
+
+
+@app.command(
+    epilog="Examples:\n\n  esparse-trt tune recipes/llama-3-8b.yaml\n\n"
+    "  esparse-trt tune --shape 6144x4096 --m 1 --m 16"
+)
+def tune(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe file (YAML)", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Build folder (default: build/<recipe name>)")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="NxK of a layer, instead of the recipe's; may be repeated")
+    ] = None,
+    m: Annotated[
+        list[int] | None, typer.Option(min=1, max=65536, help="Number of tokens; may be repeated")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16 or bfloat16 (default: the recipe's export.dtype)")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Table to fill (default: one per GPU in the user's cache)")
+    ] = None,
+    json_logs: JsonOption = False,
+) -> None:
+    """Time every Sparse-GEMM kernel on this GPU for a model's layers, and keep the fastest of each.
+
+    The table says which kernel runs at which number of tokens, and which layers dense is faster for. Rows are
+    written as they come: run again, it measures what is missing.
+    """
+    with _reported(json_logs):
+        from esparse_trt import tuning
+        from esparse_trt.recipe import load_recipe
+
+        loaded = load_recipe(recipe) if recipe else None
+        folder = out or (Path("build") / loaded.name if loaded else None)
+        tuning.run(console, loaded, folder, [tuning.parse_shape(s) for s in shape or []], m, dtype, table)
 
 
 @recipe_app.command("schema", epilog="Example:\n\n  esparse-trt recipe schema > esparse-recipe.schema.json")

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import constants, get_token
 from packaging.requirements import Requirement
 
-from esparse_trt.engine import flavour
+from esparse_trt.engine import flavour, libraries, plugin
 from esparse_trt.errors import EsparseError
 from esparse_trt.system import package_version
 
@@ -53,6 +53,7 @@ def diagnose() -> list[Finding]:
         _onnxruntime(),
         _gpu(),
         *(_tensorrt(name) for name in flavour.TITLE),
+        _plugin(),
         _compilers(),
         _disk(Path.cwd()),
         _memory(psutil.virtual_memory().available),
@@ -145,6 +146,23 @@ def _absent(name: flavour.Flavour) -> bool:
         return flavour.installed_version(name) is None
     except EsparseError:
         return False
+
+
+def _plugin() -> Finding:
+    """The library, and whether it fits the TensorRT that builds the engines."""
+    name, without = "Sparse-GEMM plugin", "sparse engines keep their zeros in memory and are hardly faster"
+    try:
+        found = plugin.find()
+    except EsparseError as error:
+        detail = f"{error.where}: {error.what}" if error.where else error.what
+        return Finding(name, "missing", detail, without, error.fix or "")
+    detail = f"{found.path}, kernels {found.kernel_set}, compiled for TensorRT {found.tensorrt_major}"
+    chosen = flavour.choose("auto")
+    if chosen.flavour is None or chosen.version is None:
+        return Finding(name, "ok", detail, "waits for a TensorRT")
+    if reason := plugin.unfit(found, chosen.flavour, chosen.version):
+        return Finding(name, "warning", reason, without, f"build it again: {libraries.BUILD}")
+    return Finding(name, "ok", detail, "runs packed layers in sparse engines")
 
 
 def _compilers() -> Finding:

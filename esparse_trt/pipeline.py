@@ -75,7 +75,8 @@ def _certify(recipe: Recipe, folder: BuildDir, done: Manifest) -> CertifyRecord:
 
 
 def _engine(recipe: Recipe, folder: BuildDir, done: Manifest) -> EngineRecord:
-    return build_engines(recipe, folder, done.record("export", ExportRecord))
+    packed = done.record("pack", PackRecord)
+    return build_engines(recipe, folder, done.record("export", ExportRecord), packed)
 
 
 def _verify(recipe: Recipe, folder: BuildDir, done: Manifest) -> VerifyRecord:

@@ -4,7 +4,8 @@ Sizes follow from the number of parameters and the bytes of the export type. Mem
 part for Python with its libraries, plus what each stage holds:
 
     prune    one decoder block in fp32 with its scores (about 6 copies of it), and the hidden states of the
-             whole calibration text, samples · length · hidden · 4 bytes, read and written
+             whole calibration text, samples · length · hidden · 4 bytes, read and written; those of the
+             dense model too where they are needed; to distill, five copies of the model in fp32
     export   a few copies of the largest tensor: weights are streamed
     fold     the same, once in float64: the proof runs the graph in small parts
     pack     the same
@@ -49,21 +50,16 @@ def plan_build(
         EsparseError: the model's configuration cannot be read, or the folder belongs to another recipe.
     """
     states = preview(recipe, BuildDir(out), fresh=fresh, first=first, last=last)
-    config = _config(recipe)
-    family_of(config)
-    with init_empty_weights():
-        loader: Any = AutoModelForCausalLM
-        model = loader.from_config(config)
-    model.tie_weights()
+    config, model = empty_model(recipe)
     parameters = sum(p.numel() for p in model.parameters())
-    pruned = _selected(model, recipe.prune.layers)
+    pruned = selected_linears(model, recipe.prune.layers)
 
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column()
     facts.add_row("recipe", Text(": ".join(filter(None, [recipe.name, recipe.description]))))
     facts.add_row("model", f"{config.model_type}, {parameters / 1e6:,.1f} M parameters")
-    count, share = len(pruned), sum(pruned.values()) / parameters
+    count, share = len(pruned), sum(linear.weight.numel() for linear in pruned.values()) / parameters
     facts.add_row(
         "pruned", f"{count} linear layers, {share:.0%} of the parameters, to {recipe.prune.pattern}"
     )
@@ -90,19 +86,30 @@ def _size(count: float) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
-def _config(recipe: Recipe) -> PretrainedConfig:
-    """The model's configuration; of a hub model only config.json is downloaded."""
+def empty_model(recipe: Recipe) -> tuple[PretrainedConfig, nn.Module]:
+    """Configuration and modules without weights; of a hub model only config.json is downloaded.
+
+    Raises:
+        EsparseError: the configuration cannot be read, or its family is not supported.
+    """
     section = recipe.model
     if section.path is not None and section.path.suffix == ".gguf":
-        return gguf.read_config(section.path)
-    path = section.path or download(section, ["config.json"])
-    return load_config(path, trust_remote_code=section.trust_remote_code)
+        config = gguf.read_config(section.path)
+    else:
+        path = section.path or download(section, ["config.json"])
+        config = load_config(path, trust_remote_code=section.trust_remote_code)
+    family_of(config)
+    with init_empty_weights():
+        loader: Any = AutoModelForCausalLM
+        model = loader.from_config(config)
+    model.tie_weights()
+    return config, model
 
 
-def _selected(model: nn.Module, selection: LayerSelection) -> dict[str, int]:
-    """Parameters of each linear layer that the globs select."""
+def selected_linears(model: nn.Module, selection: LayerSelection) -> dict[str, nn.Linear]:
+    """The linear layers that the globs select."""
     return {
-        name: module.weight.numel()
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and any(fnmatchcase(name, glob) for glob in selection.include)
@@ -138,10 +145,14 @@ def _memory(recipe: Recipe, model: nn.Module, config: PretrainedConfig, paramete
     block = sum(p.numel() for p in model.get_submodule(family_of(config).blocks)[0].parameters())  # type: ignore[index]
     largest = max(p.numel() for p in model.parameters())
     hidden = recipe.calibration.samples * recipe.calibration.length * config.hidden_size
+    recover = recipe.prune.recover
+    prune = 6 * 4 * block + (4 if recipe.prune.follows_dense else 2) * 4 * hidden
+    if recover and recover.distill:
+        prune = max(prune, 5 * 4 * parameters)
     runtime = parameters * (_width(recipe) + (4 if _width(recipe) == 2 else 0))
     need = dict.fromkeys((stage.name for stage in STAGES), 0.0)
     need |= {
-        "prune": 6 * 4 * block + 2 * 4 * hidden,
+        "prune": prune,
         "export": 3 * 4 * largest,
         "fold": 3 * 4 * largest,
         "pack": 3 * 4 * largest,

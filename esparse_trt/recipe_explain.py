@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esparse_trt.recipe import Recipe
-from esparse_trt.sections import Profile, TextDataset, TextFile, TextSelf
+from esparse_trt.sections import Profile, RecoverSection, TextDataset, TextFile, TextSelf, UpdateSection
 
 
 def explain(recipe: Recipe) -> str:
@@ -58,16 +58,35 @@ def _prune(recipe: Recipe) -> str:
     prune, score = recipe.prune, recipe.prune.score
     kept, _, group = prune.pattern.partition(":")
     how = {
-        "e_sparse": f"E-Sparse score ({score.bins} bins, alpha {score.alpha:g}"
-        f"{'' if score.entropy else ', entropy off'})",
+        "e_sparse": f"E-Sparse score ({score.information}, {score.bins} bins, alpha {score.alpha:g})",
         "wanda": "Wanda score",
         "magnitude": "magnitude",
         "ria": "RIA score",
+        "obd": "OBD score",
+        "obs": f"OBS score (damping {score.damping:g})",
     }[score.method]
+    if prune.update.method == "obs":
+        how = f"{_update(prune.update)}, masks {'by ' + how if prune.update.mask == 'fixed' else 'adaptive'}"
+    if prune.recover is not None:
+        how += f"; {_recover(prune.recover)}"
+    if prune.budget is not None:
+        how += f"; as many layers as keep perplexity within {prune.budget.perplexity_ratio:g} times dense"
     which = ", ".join(prune.layers.include)
     without = f" except {', '.join(prune.layers.exclude)}" if prune.layers.exclude else ""
     layers = f"linear layers {which}{without}"
     return f"keep {kept} of every {group} weights along K by {how}; {layers}; device {prune.device}"
+
+
+def _update(update: UpdateSection) -> str:
+    return f"OBS update ({update.sweep} sweep, damping {update.damping:g}, {update.refit} refit steps)"
+
+
+def _recover(recover: RecoverSection) -> str:
+    """The training of the kept weights in words."""
+    parts = [f"train each block for {recover.steps} steps"] if recover.steps else []
+    if recover.distill is not None:
+        parts.append(f"distill the whole model for {recover.distill.steps} steps")
+    return ", then ".join(parts)
 
 
 def _permute(recipe: Recipe) -> str:
@@ -78,7 +97,10 @@ def _permute(recipe: Recipe) -> str:
         "none": [],
     }[permute.global_]
     if permute.local is not None:
-        steps.append(f"swap inside blocks of {permute.local.block} channels")
+        block = permute.local.block
+        steps.append("swap channels" if block == "full" else f"swap inside blocks of {block} channels")
+    if permute.assign:
+        steps.append(f"reassign slots {permute.assign} times")
     if not steps:
         return "channels stay in their order"
     residual = {
@@ -100,7 +122,14 @@ def _engine(recipe: Recipe) -> str:
     which = "dense and sparse" if engine.dense else "sparse only"
     flags = ", SPARSE_WEIGHTS" if engine.sparse_weights else ""
     run = "run where a GPU can" if engine.run == "auto" else "not run"
-    return f"{which}{flags}, TensorRT flavour {engine.flavour}, {run}"
+    plugin = {
+        "auto": "Sparse-GEMM plugin where it can be used",
+        "required": "Sparse-GEMM plugin for all packed layers",
+        "none": "no Sparse-GEMM plugin",
+    }[engine.plugin]
+    plugin += f" ({engine.plugin_library})" if engine.plugin_library else ""
+    plugin += f", kernels chosen by {engine.table}" if engine.table else ""
+    return f"{which}{flags}, {plugin}, TensorRT flavour {engine.flavour}, {run}"
 
 
 def _profile(profile: Profile) -> str:

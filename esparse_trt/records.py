@@ -28,6 +28,17 @@ class KeptScore(Record):
     final: float = Field(description="after the local block shuffle too: what the layer was pruned with")
 
 
+class UpdateRecord(Record):
+    """How the kept weights of one site's layers were re-fitted, all layers that read the tensor together.
+
+    Errors are those of the outputs on the calibration inputs, squared, as a share of the dense outputs'.
+    """
+
+    damping: float = Field(description="share of the Hessian's mean diagonal that it took to factor it")
+    masked_error: float = Field(description="with the same mask and the dense model's weights")
+    error: float = Field(description="with the re-fitted weights")
+
+
 class LayerRecord(Record):
     """What happened to one linear layer; `shape` is [N, K] = [out_features, in_features]."""
 
@@ -42,6 +53,7 @@ class LayerRecord(Record):
     permuted: bool = Field(description="whether permutation.safetensors has an entry for it")
     sparsity: float = Field(description="share of zeros in the stored weight")
     kept: KeptScore | None
+    update: UpdateRecord | None = Field(None, description="null where the kept weights are the dense model's")
 
 
 class ChannelProfile(Record):
@@ -52,6 +64,29 @@ class ChannelProfile(Record):
     entropy: list[float] | None = Field(description="nats; null when the score does not use it")
     score: list[float] = Field(description="mean score of the channel over the rows")
     position: list[int] = Field(description="position of each of these channels after the permutation")
+
+
+class RecoverRecord(Record):
+    """What training the kept weights of one block, or of the whole model, gave.
+
+    The loss of a block is the squared error of its outputs against the dense model's, as a share of their
+    squared norm, mean over tokens; that of the whole model is KL(dense || sparse) in nats.
+    """
+
+    block: int | None = Field(description="null: the whole model")
+    steps: int
+    before: float = Field(description="loss over the calibration text; of the whole model, over 10 steps")
+    after: float
+
+
+class SiteCost(Record):
+    """What pruning the layers that read one tensor costs when everything else is dense."""
+
+    site: str = Field(description="module name of its first layer")
+    layers: list[str]
+    parameters: int
+    nats: float = Field(description="rise of the mean negative log-likelihood on the calibration text")
+    dense: bool = Field(False, description="whether the budget keeps the site dense")
 
 
 class PruneRecord(Record):
@@ -67,6 +102,8 @@ class PruneRecord(Record):
     device: str
     layers: list[LayerRecord]
     channels: list[ChannelProfile]
+    costs: list[SiteCost] = Field([], description="of every site that could be pruned, if there is a budget")
+    recovered: list[RecoverRecord] = Field([], description="blocks in order, then the whole model")
 
 
 # --- export, fold, certify -------------------------------------------------------------------------------
@@ -152,6 +189,27 @@ class CertifyRecord(Record):
 # --- engine, verify, report, deploy ----------------------------------------------------------------------
 
 
+class PluginRecord(Record):
+    """The plugin library that an engine was built with, and needs wherever it is loaded."""
+
+    library: str = Field(description="its path on the machine that built the engine")
+    version: str
+    layout: str
+    kernel_set: str = Field(description="digest of its kernels")
+    table: str | None = Field(description="the tuning table that its kernels were chosen by")
+
+
+class EngineLayer(Record):
+    """How one packed GEMM runs in the sparse engine."""
+
+    name: str = Field(description="of the node of packed.onnx")
+    sparse: bool = Field(description="in the plugin; else dense, as in sparse.onnx")
+    choices: str | None = Field(
+        description="largest number of tokens -> kernel; null: the library's heuristic chooses"
+    )
+    reason: str = Field(description="why sparse or dense")
+
+
 class EngineFile(Record):
     """One TensorRT engine on disk."""
 
@@ -161,6 +219,8 @@ class EngineFile(Record):
     onnx: str = Field(description="the ONNX file it was built from, relative to the build folder")
     onnx_sha256: dict[str, str] = Field(description="file -> SHA-256 at the time of the build")
     sparse_weights: bool
+    plugin: PluginRecord | None = None
+    layers: list[EngineLayer] = Field(default_factory=list, description="of an engine with the plugin")
 
 
 class EngineRecord(Record):
@@ -171,6 +231,7 @@ class EngineRecord(Record):
     skipped: str | None = Field(description="why there are no engines, and what to install")
     dense: EngineFile | None
     sparse: EngineFile | None
+    no_plugin: str | None = Field(None, description="why the sparse engine does not use the plugin")
     profiles: dict[str, Any]
     runnable: bool
     not_runnable: str | None = Field(description="why the engines cannot be run on this machine")

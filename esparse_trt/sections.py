@@ -99,18 +99,28 @@ class CalibrationSection(Section):
 class ScoreSection(Section):
     """How important a weight is (DESIGN section 4)."""
 
-    method: Literal["e_sparse", "wanda", "magnitude", "ria"] = "e_sparse"
+    method: Literal["e_sparse", "wanda", "magnitude", "ria", "obd", "obs"] = "e_sparse"
     bins: int = Field(128, ge=2, le=4096, description="e_sparse: bins of each channel's histogram")
     alpha: float = Field(
         256.0, ge=0, description="e_sparse: weight of the channel's RMS norm against its entropy in nats"
     )
-    entropy: bool = Field(True, description="e_sparse: false drops the entropy term (for ablations)")
+    information: Literal["entropy", "differential", "kl", "mutual", "none"] = Field(
+        "entropy",
+        description="e_sparse: what a channel's information is measured by: the entropy of its histogram, "
+        "its differential entropy (as an amplitude), its KL divergence from a Gaussian of the same variance, "
+        "its mutual information with the norm of the output; none drops the term",
+    )
+    damping: float = Field(
+        0.01, ge=0, le=1, description="obs: share of the Hessian's mean diagonal that is added to it"
+    )
 
 
 class LocalShuffle(Section):
     """Local block shuffle: greedy channel swaps inside blocks of the input channels."""
 
-    block: int = Field(256, ge=4, description="Channels per block")
+    block: Annotated[int, Field(ge=4)] | Literal["full"] = Field(
+        256, description="Channels per block; full: all"
+    )
     rounds: int = Field(200, ge=1, description="Rounds of simultaneous swaps at most")
 
 
@@ -123,6 +133,9 @@ class PermuteSection(Section):
     local: LocalShuffle | None = Field(
         default_factory=LocalShuffle, description="Local block shuffle, or null"
     )
+    assign: int = Field(
+        0, ge=0, description="Rounds of linear-assignment refinement after the shuffles, as in RIA"
+    )
     residual: Literal["gather", "shared", "none"] = Field(
         "gather",
         description="Layers that read the residual stream: own permutation and a runtime gather, one shared "
@@ -133,6 +146,60 @@ class PermuteSection(Section):
         description="What the permutations keep as much of as they can: squared scores, which for norm-based "
         "scores is to lose the least output error, or plain scores",
     )
+
+
+class UpdateSection(Section):
+    """Re-fitting of the kept weights, so that the layer's outputs change least."""
+
+    method: Literal["none", "obs"] = Field(
+        "none", description="obs: optimal brain surgeon, in a sweep over the columns"
+    )
+    mask: Literal["adaptive", "fixed"] = Field(
+        "adaptive",
+        description="adaptive: chosen during the sweep from the updated weights, the score then only chooses "
+        "the permutation; fixed: chosen by the score",
+    )
+    sweep: Literal["group", "column"] = Field(
+        "group", description="group: a group of m at a time, its masks by their exact cost; column: SparseGPT"
+    )
+    damping: float = Field(
+        0.01, ge=0, le=1, description="Share of the Hessian's mean diagonal that is added to it"
+    )
+    correct: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="How far the layer is first re-fitted to put out what it does in the dense model, given "
+        "inputs that pruned blocks have changed: 0 not at all, 1 to the least squared error",
+    )
+    block: int = Field(128, ge=1, description="Columns that the sweep hands on to the rest at a time")
+    refit: int = Field(
+        32, ge=0, description="Conjugate gradient steps on the finished mask; 0: leave what the sweep gave"
+    )
+
+
+class DistillSection(Section):
+    """Training of the whole model towards the dense model's next-token distributions."""
+
+    steps: int = Field(200, ge=1, description="AdamW steps at most")
+    seconds: float | None = Field(None, gt=0, description="Stop after this long; none: only by steps")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak; 5 % warm-up, then a cosine to zero")
+    batch_size: int = Field(4, ge=1, description="Sequences of the calibration text per step")
+
+
+class RecoverSection(Section):
+    """Training of the kept weights, masks frozen, on the calibration text."""
+
+    steps: int = Field(200, ge=0, description="AdamW steps for each decoder block; 0: none")
+    learning_rate: float = Field(5e-4, gt=0, description="Peak; 5 % warm-up, then a cosine to zero")
+    distill: DistillSection | None = Field(None, description="Then train the whole model at once; or null")
+
+
+class BudgetSection(Section):
+    """What pruning may cost; the layers that cost most per parameter stay dense to meet it."""
+
+    perplexity_ratio: float = Field(gt=1, description="Sparse / dense perplexity, estimated before recovery")
+    samples: int = Field(16, ge=1, description="Sequences of the calibration text it is estimated on")
 
 
 class LayerSelection(Section):
@@ -148,8 +215,19 @@ class PruneSection(Section):
     pattern: str = Field("2:4", description="n:m, n kept of every m consecutive input channels")
     score: ScoreSection = Field(default_factory=ScoreSection)
     permute: PermuteSection = Field(default_factory=PermuteSection)
+    update: UpdateSection = Field(default_factory=UpdateSection)
+    recover: RecoverSection | None = Field(None, description="Train the kept weights afterwards; or null")
     layers: LayerSelection = Field(default_factory=LayerSelection)
+    budget: BudgetSection | None = Field(
+        None, description="Keep the most sensitive layers dense to meet a perplexity budget; or null"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the dense model's hidden states are needed beside those of the pruned one."""
+        corrects = self.update.method == "obs" and self.update.correct > 0
+        return corrects or (self.recover is not None and self.recover.steps > 0)
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -206,6 +284,17 @@ class EngineSection(Section):
         "auto", description="Which TensorRT builds the engines; auto takes tensorrt, then tensorrt_rtx"
     )
     dense: bool = Field(True, description="Also build the dense engine, to compare with")
+    plugin: Literal["auto", "required", "none"] = Field(
+        "auto",
+        description="The Sparse-GEMM plugin: auto runs packed layers in it where it can and dense is not "
+        "faster, required runs all of them in it or fails, none builds from sparse.onnx",
+    )
+    plugin_library: Path | None = Field(
+        None, description="libesparse_trt_plugin.so; none: the packaged one, or of the source tree's build"
+    )
+    table: Path | None = Field(
+        None, description="Table of `esparse-trt tune`; none: the one in the user's cache for this GPU"
+    )
     sparse_weights: bool = Field(True, description="Set SPARSE_WEIGHTS for the sparse engine")
     profiles: dict[str, Profile] = Field(
         default_factory=lambda: {

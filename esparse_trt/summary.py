@@ -74,7 +74,18 @@ def _engines(record: EngineRecord) -> str:
         return f"skipped: {record.skipped}"
     built = ", ".join(f"{e.file} {e.bytes / 2**20:.1f} MiB" for e in (record.dense, record.sparse) if e)
     run = "" if record.runnable else f"; not run: {record.not_runnable}"
-    return f"{record.flavour} {record.version}: {built}{run}"
+    return f"{record.flavour} {record.version}: {built}; {plugin_use(record)}{run}"
+
+
+def plugin_use(record: EngineRecord) -> str:
+    """What the plugin does in the sparse engine, or why it is not in it."""
+    if record.sparse is None or record.sparse.plugin is None:
+        return f"no plugin: {record.no_plugin}"
+    layers = record.sparse.layers
+    sparse = [layer for layer in layers if layer.sparse]
+    measured = sum(layer.choices is not None for layer in sparse)
+    how = f"{measured} by measured choices" if measured else "kernels by heuristic"
+    return f"plugin: {len(sparse)} of {len(layers)} packed GEMMs, {how}"
 
 
 def _verified(record: VerifyRecord) -> list[tuple[str, str]]:

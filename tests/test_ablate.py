@@ -14,14 +14,15 @@ import yaml
 from typer.testing import CliRunner
 
 from esparse_trt import ablate, pipeline
-from esparse_trt.ablate import VARIANTS, run_ablation
+from esparse_trt.ablate import run_ablation
 from esparse_trt.artifacts import BuildDir, load_manifest
 from esparse_trt.cli import app
 from esparse_trt.errors import EsparseError
 from esparse_trt.evaluate.report import report
 from esparse_trt.recipe import load_recipe
 from esparse_trt.records import Ablation
-from esparse_trt.sparsity.pruner import Pruned
+from esparse_trt.sparsity.pruned import Pruned
+from esparse_trt.variants import VARIANTS, section
 
 runner = CliRunner()
 ONLY = ["magnitude", "wanda", "e_sparse, residual none"]
@@ -71,7 +72,7 @@ def test_rows_say_what_differs(measured: Path):
 
 def test_every_variant_is_a_valid_section_of_its_own():
     recipe = load_recipe(Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml")
-    sections = [ablate._section(recipe.prune, variant).model_dump_json() for variant in VARIANTS]
+    sections = [section(recipe.prune, variant).model_dump_json() for variant in VARIANTS]
     assert len(set(sections)) == len(VARIANTS)
     assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
 
@@ -151,6 +152,36 @@ def test_an_unknown_variant(tiny_recipe: Path, tmp_path: Path):
     assert result.exit_code == 2
     assert "no variant is called 'wonder'" in result.output
     assert "e_sparse, no shuffle" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_grid_of_ones_own(tiny_recipe: Path, tmp_path: Path):
+    grid, out = tmp_path / "grid.yaml", tmp_path / "out"
+    plain, changed = "score: { method: wanda }", 'pattern: "1:4"'
+    grid.write_text(
+        f"wanda, refitted: {{ {plain}, update: {{ method: obs }} }}\nwanda, 1 of 4: {{ {plain}, {changed} }}"
+    )
+    command = ["ablate", str(tiny_recipe), "--out", str(out), "--grid", str(grid)]
+    assert runner.invoke(app, command).exit_code == 0
+    rows = {row.name: row for row in table(out).rows}
+    assert rows.keys() == {"wanda, refitted", "wanda, 1 of 4"}
+    assert rows["wanda, refitted"].settings == {"score.method": "wanda", "update.method": "obs"}
+    assert rows["wanda, refitted"].kl < rows["wanda, 1 of 4"].kl
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[wanda]", "mapping of row names"),
+        ("wanda: { score: { methods: wanda } }", "method"),
+        ("wanda: { update: { method: obs, damping: -1 } }", "damping"),
+    ],
+)
+def test_a_bad_grid(text: str, message: str, tiny_recipe: Path, tmp_path: Path):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(text)
+    with pytest.raises(EsparseError, match=message):
+        run_ablation(load_recipe(tiny_recipe), tmp_path / "out", grid=grid)
     assert not (tmp_path / "out").exists()
 
 

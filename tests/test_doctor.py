@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from esparse_trt import doctor
-from esparse_trt.engine import flavour
+from esparse_trt.engine import flavour, libraries, plugin
 
 GPU = flavour.Gpu("NVIDIA Test", (9, 0), 80.0, "13.0")
 
@@ -95,6 +95,27 @@ def test_outdated_and_absent_packages_are_listed(monkeypatch: pytest.MonkeyPatch
         and "not-there>=1 (found none)" in found.detail
     )
     assert "numpy" not in found.detail and "not-asked-for" not in found.detail
+
+
+PLUGIN = plugin.Plugin(Path("lib.so"), "0.1.0", "es24-v1", "0123456789ab", 10)
+
+
+def test_a_plugin_library_that_is_not_there_is_named_with_its_remedy(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv(libraries.VARIABLE, str(tmp_path))
+    found = finding("Sparse-GEMM plugin")
+    assert found.status == "missing" and f"not found in {tmp_path}" in found.detail
+    assert "cmake" in found.fix
+
+
+def test_the_plugin_library_must_fit_the_tensorrt_that_builds(machine, monkeypatch) -> None:
+    monkeypatch.setattr(plugin, "find", lambda: PLUGIN)
+    machine(GPU, tensorrt="10.14.1")
+    found = finding("Sparse-GEMM plugin")
+    assert (found.status, found.consequence) == ("ok", "runs packed layers in sparse engines")
+    assert "kernels 0123456789ab" in found.detail
+    machine(GPU, tensorrt="11.1.0")
+    found = finding("Sparse-GEMM plugin")
+    assert found.status == "warning" and "headers of TensorRT 10, this is TensorRT 11.1.0" in found.detail
 
 
 def test_missing_compilers_do_not_matter_to_recipes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,17 +12,22 @@ from esparse_trt.recipe import parse_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
+GRID = "recovered: { update: { method: obs }, recover: { steps: 10, learning_rate: 0.0005 } }"
+
 
 @pytest.fixture(scope="module")
 def perplexity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Perplexity by variant, on a part of the recipe's texts and with smaller blocks, to be quick."""
     data = yaml.safe_load((RECIPES / "quickstart.yaml").read_text(encoding="utf-8"))
-    data["calibration"] |= {"samples": 24, "length": 128}
+    data["calibration"] |= {"samples": 24, "length": 192}
     data["prune"]["permute"]["local"] = {"block": 64}
-    data["verify"] |= {"samples": 16, "length": 256}
+    data["verify"] |= {"samples": 8, "length": 256}
     recipe = parse_recipe({**data, "name": "quickstart"}, base=RECIPES)
-    names = ["magnitude", "wanda", "e_sparse"]
-    table = run_ablation(recipe, tmp_path_factory.mktemp("methods") / "out", only=names)
+    folder = tmp_path_factory.mktemp("methods")
+    (folder / "grid.yaml").write_text(GRID)
+    names = ["magnitude", "wanda", "e_sparse", "sparsegpt", "obs, fixed mask", "obs"]
+    table = run_ablation(recipe, folder / "out", only=names)
+    table = run_ablation(recipe, folder / "out", grid=folder / "grid.yaml")
     return {"dense": table.dense_perplexity} | {row.name: row.perplexity for row in table.rows}
 
 
@@ -33,3 +38,12 @@ def test_a_score_with_activations_beats_magnitude(perplexity: dict[str, float]):
 def test_both_shuffles_beat_wanda_and_magnitude(perplexity: dict[str, float]):
     assert perplexity["e_sparse"] < perplexity["wanda"]
     assert perplexity["e_sparse"] < perplexity["magnitude"]
+
+
+def test_refitting_the_kept_weights_helps_and_so_does_choosing_the_mask_with_it(perplexity: dict[str, float]):
+    assert perplexity["obs"] < perplexity["obs, fixed mask"] < perplexity["e_sparse"]
+    assert perplexity["obs"] < perplexity["sparsegpt"] < perplexity["wanda"]
+
+
+def test_training_the_kept_weights_helps_further(perplexity: dict[str, float]):
+    assert perplexity["dense"] < perplexity["recovered"] < perplexity["obs"]

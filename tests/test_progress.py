@@ -18,8 +18,8 @@ from esparse_trt.artifacts import Manifest, StageEntry
 from esparse_trt.cli import app
 from esparse_trt.engine import flavour
 from esparse_trt.progress import configure, note, track
-from esparse_trt.records import EngineRecord
-from esparse_trt.summary import print_summary
+from esparse_trt.records import EngineFile, EngineLayer, EngineRecord, PluginRecord
+from esparse_trt.summary import plugin_use, print_summary
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +90,28 @@ def test_the_command_line_keeps_the_bars_of_libraries_away(tiny_recipe: Path, tm
     assert not any("source" in record for record in records)
     plain = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert plain.splitlines() == ["magnitude: already measured"]
+
+
+@pytest.mark.parametrize(
+    ("sparse", "choices", "said"),
+    [
+        ((True, True), None, "plugin: 2 of 2 packed GEMMs, kernels by heuristic"),
+        ((True, False), "1=a", "plugin: 1 of 2 packed GEMMs, 1 by measured choices"),
+        (None, None, "no plugin: no layer could be packed"),
+    ],
+)
+def test_the_summary_says_what_the_plugin_does(sparse, choices: str | None, said: str):
+    layers = [EngineLayer(name="a", sparse=s, choices=choices, reason="") for s in sparse or ()]
+    plugin = PluginRecord(library="p.so", version="0.1.0", layout="es24-v1", kernel_set="0", table=None)
+    file = EngineFile(
+        file="engine/sparse.plan", bytes=1, seconds=1, onnx="onnx/engine.onnx", onnx_sha256={},
+        sparse_weights=True, plugin=plugin if sparse else None, layers=layers,
+    )  # fmt: skip
+    record = EngineRecord(
+        flavour="tensorrt", version="10.14", skipped=None, dense=None, sparse=file, profiles={},
+        no_plugin=None if sparse else "no layer could be packed", runnable=True, not_runnable=None,
+    )  # fmt: skip
+    assert plugin_use(record) == said
 
 
 def test_brackets_are_no_markup_in_tables(

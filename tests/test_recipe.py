@@ -248,6 +248,26 @@ def test_the_explanation_says_what_each_stage_will_do(tmp_path: Path) -> None:
         assert part in text, f"{part!r} not in\n{text}"
 
 
+@pytest.mark.parametrize(
+    ("engine", "text"),
+    [
+        ({}, "Sparse-GEMM plugin where it can be used, TensorRT"),
+        ({"plugin": "required", "plugin_library": "p.so"}, "Sparse-GEMM plugin for all packed layers ("),
+        ({"plugin": "none"}, "no Sparse-GEMM plugin, TensorRT"),
+        ({"table": "h100.json"}, "h100.json, TensorRT"),
+    ],
+)
+def test_the_explanation_of_the_plugin(tmp_path: Path, engine: dict, text: str) -> None:
+    assert text in explain(load(tmp_path, {"engine": engine}))
+
+
+def test_a_plugin_setting_that_is_none_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        EsparseError, match=r"`engine\.plugin`: unknown value \(valid: auto, required, none\)"
+    ):
+        load(tmp_path, {"engine": {"plugin": "always"}})
+
+
 def test_the_explanation_of_what_is_left_out(tmp_path: Path) -> None:
     recipe = load(
         tmp_path,

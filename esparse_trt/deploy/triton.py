@@ -4,6 +4,7 @@
       README.md                     what is in here and the command that serves it
       <name>/config.pbtxt           the network: tensors in, tensors out, KV cache included
       <name>/1/model.plan           or model.onnx, its data, and model.py for the Python backend
+      <name>/1/libesparse_trt_plugin.so    if the engine was built with it; the server must load it first
       <name>_text/config.pbtxt      text in, text out: tokenizer and KV-cache loop around the network
       <name>_text/1/                model.py, settings.json, tokenizer/
 
@@ -59,12 +60,14 @@ def deploy(recipe: Recipe, folder: BuildDir, exported: ExportRecord, engines: En
     staging = folder.model_repository.with_name(".model_repository.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        _write_network(recipe, folder, exported, staging / name, backend, limit)
+        plugin = _copy_plugin(engines, staging / name / "1") if backend == "tensorrt" else None
+        _write_network(recipe, folder, exported, staging / name, backend, limit, plugin)
         text = f"{name}_text" if _write_text_model(recipe, folder, exported, staging, name, backend) else None
-        command = serve_command(folder.model_repository, backend, text is not None)
+        plugin_path = f"/models/{name}/1/{plugin}" if plugin else None
+        command = serve_command(folder.model_repository, backend, text is not None, plugin_path)
         readme = _render(
             "README.md.j2", recipe=recipe, exported=exported, engines=engines, name=name, text=text,
-            backend=backend, reason=reason, limit=limit, command=command, image=IMAGE,
+            backend=backend, reason=reason, limit=limit, command=command, image=IMAGE, plugin=plugin_path,
             past=PAST, present=PRESENT,
         )  # fmt: skip
         (staging / "README.md").write_text(readme, encoding="utf-8")
@@ -128,11 +131,19 @@ def max_batch_size(recipe: Recipe) -> int:
     return asked or min(batches)
 
 
-def serve_command(repository: Path, backend: str, text: bool) -> str:
-    """A shell command that serves the repository on this machine's loopback interface."""
+def serve_command(repository: Path, backend: str, text: bool, plugin: str | None = None) -> str:
+    """A shell command that serves the repository on this machine's loopback interface.
+
+    Args:
+        repository: its folder, which is /models inside the container.
+        backend: of the network.
+        text: whether there is a text model.
+        plugin: path in the container of the library that the engine needs.
+    """
     packages = ["tokenizers"] if text else []
     packages += ["onnxruntime"] if backend == "python" else []
     server = "tritonserver --model-repository=/models"
+    server += f" --backend-config=tensorrt,plugins={plugin}" if plugin else ""
     if packages:
         server = f"bash -c 'pip install --quiet {' '.join(packages)} && exec {server}'"
     gpus = "" if backend == "python" else " --gpus=all"
@@ -146,10 +157,16 @@ def serve_command(repository: Path, backend: str, text: bool) -> str:
 
 
 def _write_network(
-    recipe: Recipe, folder: BuildDir, exported: ExportRecord, target: Path, backend: str, limit: int
+    recipe: Recipe,
+    folder: BuildDir,
+    exported: ExportRecord,
+    target: Path,
+    backend: str,
+    limit: int,
+    plugin: str | None,
 ) -> None:
     version = target / "1"
-    version.mkdir(parents=True)
+    version.mkdir(parents=True, exist_ok=True)
     if backend == "tensorrt":
         _link(folder.sparse_plan, version / "model.plan")
     else:
@@ -159,9 +176,26 @@ def _write_network(
     config = _render(
         "config.pbtxt.j2", name=target.name, backend=backend, limit=limit, instances=recipe.deploy.instances,
         profiles=list(recipe.engine.profiles), inputs=_tensors(exported.inputs),
-        outputs=_tensors(exported.outputs),
+        outputs=_tensors(exported.outputs), plugin=plugin,
     )  # fmt: skip
     (target / "config.pbtxt").write_text(config, encoding="utf-8")
+
+
+def _copy_plugin(engines: EngineRecord, target: Path) -> str | None:
+    """Copy the library that the engine needs; its file name, or none."""
+    if engines.sparse is None or engines.sparse.plugin is None:
+        return None
+    library = Path(engines.sparse.plugin.library)
+    target.mkdir(parents=True)
+    try:
+        shutil.copyfile(library, target / library.name)
+    except OSError as error:
+        raise EsparseError(
+            f"the plugin that the engine was built with cannot be copied: {error.strerror or error}",
+            where=library,
+            fix="put it back, or build the engine again: --from engine",
+        ) from error
+    return library.name
 
 
 def _tensors(specs: list[TensorSpec]) -> list[dict[str, Any]]:

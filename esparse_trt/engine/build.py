@@ -1,7 +1,8 @@
 """Engines from ONNX files, through Polygraphy, with either flavour of TensorRT.
 
-Networks are strongly typed: precision was decided at export. The sparse engine gets SPARSE_WEIGHTS, which
-allows (not forces) kernels that use 2:4 weights; the dense one is built without it, to compare with.
+Networks are strongly typed: precision was decided at export. The sparse engine runs packed layers in our
+plugin where that can be used (`engine.source`); the others get SPARSE_WEIGHTS, which allows (not forces)
+TensorRT's own kernels for 2:4 weights. The dense engine is built without either, to compare with.
 """
 
 from __future__ import annotations
@@ -12,29 +13,43 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import onnx as onnx_format
+from google.protobuf.message import DecodeError
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
 from esparse_trt.artifacts import BuildDir, sha256_file, write_atomic
 from esparse_trt.engine import flavour as flavours
 from esparse_trt.engine.flavour import Flavour
 from esparse_trt.engine.logs import captured, gist
 from esparse_trt.engine.runner import EngineRunner
 from esparse_trt.engine.shapes import Range, input_ranges
+from esparse_trt.engine.source import Source, choose_source
 from esparse_trt.errors import EsparseError
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe
-from esparse_trt.records import EngineFile, EngineRecord, ExportRecord
+from esparse_trt.records import EngineFile, EngineRecord, ExportRecord, PackRecord
 from esparse_trt.sections import EngineSection
 
 Profiles = Mapping[str, Mapping[str, Range]]
 
 
-def build_engines(recipe: Recipe, folder: BuildDir, exported: ExportRecord) -> EngineRecord:
+def build_engines(
+    recipe: Recipe, folder: BuildDir, exported: ExportRecord, packed: PackRecord | None = None
+) -> EngineRecord:
     """Build `engine/dense.plan` and `engine/sparse.plan` from the ONNX files of the build.
 
     The profiles of the record are in the order of the engine's profile indices. Without a usable TensorRT the
     record says what to install and the rest of the build goes on.
 
+    Args:
+        recipe: its engine section.
+        folder: of the build.
+        exported: the inputs and the linear layers.
+        packed: what `packed.onnx` holds; none: there is no such file.
+
     Raises:
-        EsparseError: the flavour that the recipe names cannot be used here; TensorRT refused the model.
+        EsparseError: the flavour or the plugin that the recipe asks for cannot be used here; TensorRT refused
+            the model.
     """
     section = recipe.engine
     choice = flavours.choose(section.flavour)
@@ -45,12 +60,12 @@ def build_engines(recipe: Recipe, folder: BuildDir, exported: ExportRecord) -> E
             runnable=False, not_runnable="there is no engine",
         )  # fmt: skip
     profiles = {name: input_ranges(exported.inputs, profile) for name, profile in section.profiles.items()}
+    source = choose_source(section, folder, exported, packed, choice.flavour)
     dense = None
     if section.dense:
-        dense = _build_one(folder, folder.dense_onnx, folder.dense_plan, profiles, section, choice, False)
-    sparse = _build_one(
-        folder, folder.sparse_onnx, folder.sparse_plan, profiles, section, choice, section.sparse_weights
-    )
+        plain = Source(folder.dense_onnx, None, [], None)
+        dense = _build_one(folder, plain, folder.dense_plan, profiles, section, choice, False)
+    sparse = _build_one(folder, source, folder.sparse_plan, profiles, section, choice, section.sparse_weights)
     not_runnable = why_not_runnable(folder.sparse_plan, choice.flavour, section)
     if not_runnable:
         note(f"engines are not run here: {not_runnable}")
@@ -60,6 +75,7 @@ def build_engines(recipe: Recipe, folder: BuildDir, exported: ExportRecord) -> E
         skipped=None,
         dense=dense,
         sparse=sparse,
+        no_plugin=source.no_plugin,
         profiles={
             name: {tensor: asdict(shapes) for tensor, shapes in ranges.items()}
             for name, ranges in profiles.items()
@@ -71,7 +87,7 @@ def build_engines(recipe: Recipe, folder: BuildDir, exported: ExportRecord) -> E
 
 def _build_one(
     folder: BuildDir,
-    onnx: Path,
+    source: Source,
     plan: Path,
     profiles: Profiles,
     section: EngineSection,
@@ -80,11 +96,10 @@ def _build_one(
 ) -> EngineFile:
     assert choice.flavour is not None
     note(f"building {plan.name} with {flavours.TITLE[choice.flavour]} {choice.version}")
-    files = [file for file in (onnx, onnx.with_name(f"{onnx.name}.data")) if file.exists()]
-    digests = {str(file.relative_to(folder.root)): sha256_file(file) for file in files}
+    digests = {str(file.relative_to(folder.root)): sha256_file(file) for file in _files(source.onnx)}
     start = time.monotonic()
     engine = engine_bytes(
-        onnx, choice.flavour, profiles,
+        source.onnx, choice.flavour, profiles,
         sparse_weights=sparse_weights,
         workspace_mib=section.workspace_mib,
         compute_capabilities=section.compute_capabilities,
@@ -96,10 +111,22 @@ def _build_one(
         file=str(plan.relative_to(folder.root)),
         bytes=plan.stat().st_size,
         seconds=round(time.monotonic() - start, 3),
-        onnx=str(onnx.relative_to(folder.root)),
+        onnx=str(source.onnx.relative_to(folder.root)),
         onnx_sha256=digests,
         sparse_weights=sparse_weights,
+        plugin=source.plugin,
+        layers=source.layers,
     )
+
+
+def _files(onnx: Path) -> list[Path]:
+    """An ONNX file and those of its data files that are there."""
+    try:
+        graph = onnx_format.load(onnx, load_external_data=False).graph
+    except DecodeError:  # TensorRT's parser has the words for it
+        return [onnx]
+    names = {ExternalDataInfo(t).location for t in graph.initializer if uses_external_data(t)}
+    return [onnx, *(path for name in sorted(names) if (path := onnx.with_name(name)).exists())]
 
 
 def engine_bytes(

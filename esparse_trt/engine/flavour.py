@@ -41,6 +41,7 @@ class Gpu:
     capability: tuple[int, int]
     memory_gib: float
     cuda: str
+    multiprocessors: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,18 @@ def find_gpu() -> Gpu | str:
     driver.cuDeviceGetName(name, len(name), device)
     driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     driver.cuDriverGetVersion(ctypes.byref(version))
-    capability = []
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    facts = []
+    for attribute in (
+        75,
+        76,
+        16,
+    ):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR, MULTIPROCESSOR_COUNT
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-        capability.append(value.value)
+        facts.append(value.value)
+    major, minor, multiprocessors = facts
     cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return Gpu(name.value.decode(), (capability[0], capability[1]), memory.value / 2**30, cuda)
+    return Gpu(name.value.decode(), (major, minor), memory.value / 2**30, cuda, multiprocessors)
 
 
 def installed_version(flavour: Flavour) -> str | None:

@@ -30,7 +30,7 @@ class EngineRunner:
     and outputs are copied between host and device at every call.
 
     Args:
-        plan: the serialised engine.
+        plan: the serialised engine; the plugin that it was built with must be registered (`plugin.load`).
         flavour: the TensorRT that built it, in the same version.
 
     Raises:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor
 
 from esparse_trt.artifacts import BuildDir
+from esparse_trt.engine import plugin
 from esparse_trt.engine.flavour import TITLE
 from esparse_trt.engine.runner import EngineRunner, choose_profile
 from esparse_trt.evaluate.fidelity import Limits, judge
@@ -28,6 +31,8 @@ def compare_engines(
     for engine in (engines.dense, engines.sparse):
         if engine is None:
             continue
+        if engine.plugin is not None:
+            plugin.load(engines.flavour, Path(engine.plugin.library))
         with EngineRunner(folder.root / engine.file, engines.flavour) as runner:
             tokens = _longest(runner, exported.inputs, ids)
             if tokens is None:

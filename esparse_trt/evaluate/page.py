@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from esparse_trt.evaluate import plots
+from esparse_trt.summary import plugin_use
 
 if TYPE_CHECKING:
     from esparse_trt.evaluate.report import Report
@@ -127,7 +128,7 @@ def _engine_check(facts: Report) -> Check:
     built = ", ".join(
         f"{item.file} ({size(item.bytes)})" for item in (facts.engine.dense, facts.engine.sparse) if item
     )
-    text = f"built by {facts.engine.flavour} {facts.engine.version}: {built}"
+    text = f"built by {facts.engine.flavour} {facts.engine.version}: {built}; {plugin_use(facts.engine)}"
     if facts.engine.runnable:
         return Check("Engines", True, text)
     return Check("Engines", True, f"{text}; not run here: {facts.engine.not_runnable}")

@@ -11,7 +11,7 @@ from esparse_trt.graph.flood import Permutation, explicit_permutations
 from esparse_trt.graph.graph import OnnxGraph, attribute
 from esparse_trt.graph.groups import examine
 from esparse_trt.progress import track
-from esparse_trt.records import ExportRecord
+from esparse_trt.records import ExportRecord, PackRecord
 from esparse_trt.sparsity.pattern import Pattern
 
 
@@ -80,8 +80,21 @@ def find_groups(graph: OnnxGraph, exported: ExportRecord) -> tuple[list[Group], 
             continue
         key = (linear.source, module.rpartition(".")[0], linear.bias is not None)
         members.setdefault(key, []).append(linear)
+    return _groups(graph, exported, list(members.values())), dense
+
+
+def known_groups(graph: OnnxGraph, exported: ExportRecord, packed: PackRecord) -> list[Group]:
+    """The groups that were packed, without a look at their weights."""
+    members = [
+        [find_linear(graph, module, exported.linears[module]) for module in gemm.layers]
+        for gemm in packed.gemms
+    ]
+    return _groups(graph, exported, members)
+
+
+def _groups(graph: OnnxGraph, exported: ExportRecord, members: list[list[Linear]]) -> list[Group]:
     gathers = {site.output: site for site in explicit_permutations(graph, exported.gathers).values()}
-    return [Group(linears, _absorbed(graph, linears, gathers)) for linears in members.values()], dense
+    return [Group(linears, _absorbed(graph, linears, gathers)) for linears in members]
 
 
 def find_linear(graph: OnnxGraph, module: str, weight: str) -> Linear:

@@ -7,17 +7,19 @@ stays as it is, with its reason in the record. The result is proved equal to `sp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from esparse_trt.artifacts import BuildDir
+from esparse_trt.artifacts import BuildDir, write_atomic
 from esparse_trt.errors import CheckFailed
 from esparse_trt.graph import es24, sparse_gemm
 from esparse_trt.graph.graph import OnnxGraph, keep, write_model
-from esparse_trt.graph.linears import Group, Linear, find_groups
+from esparse_trt.graph.linears import Group, Linear, find_groups, known_groups
 from esparse_trt.graph.proof import LIMIT, example_feeds, outputs, relative_l2
 from esparse_trt.progress import note
 from esparse_trt.records import ExportRecord, PackedGemm, PackRecord
@@ -56,8 +58,17 @@ def pack(folder: BuildDir, exported: ExportRecord) -> PackRecord:
 # --- the packed model ----------------------------------------------------------------------------------
 
 
-def packed_model(graph: OnnxGraph, groups: list[Group]) -> ModelProto:
-    """The graph with the groups in the place of their linear layers; its weights are yet to be written."""
+def packed_model(
+    graph: OnnxGraph, groups: list[Group], choices: Mapping[str, str] | None = None
+) -> ModelProto:
+    """The graph with the groups in the place of their linear layers; its weights are yet to be written.
+
+    Args:
+        graph: of `sparse.onnx`.
+        groups: the GEMMs.
+        choices: name of a group -> the plugin's kernels for it.
+    """
+    choices = choices or {}
     model = ModelProto()
     model.CopyFrom(graph.model)
     firsts = {group.linears[0].nodes[0].name: group for group in groups}
@@ -66,7 +77,8 @@ def packed_model(graph: OnnxGraph, groups: list[Group]) -> ModelProto:
     nodes: list[NodeProto] = []
     for node in graph.model.graph.node:
         if node.name in firsts:
-            nodes += _nodes(firsts[node.name])
+            group = firsts[node.name]
+            nodes += _nodes(group, choices.get(group.name, ""))
         elif node.name not in gone:
             nodes.append(node)
     del model.graph.node[:]
@@ -82,7 +94,7 @@ def packed_model(graph: OnnxGraph, groups: list[Group]) -> ModelProto:
     return model
 
 
-def _nodes(group: Group) -> list[NodeProto]:
+def _nodes(group: Group, choices: str = "") -> list[NodeProto]:
     """The GEMM of a group, and the Split that hands every layer its channels."""
     outputs = [linear.output for linear in group.linears]
     whole = outputs[0] if len(outputs) == 1 else group.name
@@ -93,11 +105,36 @@ def _nodes(group: Group) -> list[NodeProto]:
         shape=group.shape,
         bias=group.linears[0].bias is not None,
         permutation=group.gather is not None,
+        choices=choices,
     )
     if len(outputs) == 1:
         return [gemm]
     sizes = [whole, f"{group.name}.sizes"]
     return [gemm, helper.make_node("Split", sizes, outputs, name=f"{group.name}/split", axis=-1)]
+
+
+def write_engine_model(
+    folder: BuildDir, exported: ExportRecord, packed: PackRecord, choices: Mapping[str, str]
+) -> None:
+    """Write `engine.onnx`: `packed.onnx` with the kernels for each GEMM, and the other layers as they were.
+
+    It has no weights of its own: they are in the data file of `packed.onnx`, and in that of `sparse.onnx`
+    where a layer stays dense.
+
+    Args:
+        folder: of the build.
+        exported: which layers there are.
+        packed: which GEMMs `packed.onnx` has.
+        choices: GEMMs that are to run sparse -> the plugin's kernels; "" leaves them to its heuristic.
+    """
+    graph = OnnxGraph(folder.sparse_onnx)
+    groups = [group for group in known_groups(graph, exported, packed) if group.name in choices]
+    model = packed_model(graph, groups, choices)
+    stored = {t.name: t for t in onnx.load(folder.packed_onnx, load_external_data=False).graph.initializer}
+    for tensor in model.graph.initializer:
+        if tensor.name in stored:
+            tensor.CopyFrom(stored[tensor.name])
+    write_atomic(folder.engine_onnx, model.SerializeToString())
 
 
 class _Weights:

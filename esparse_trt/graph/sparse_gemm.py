@@ -13,7 +13,8 @@ with y += bias, and x[..., permutation] in the place of x. A model that uses the
 each that decompresses W and multiplies: ONNX Runtime and `onnx.reference` run the file as it is, and TensorRT
 takes the plugin of the same name, which its parser prefers. The plugin reads the attributes; the function
 takes its sizes from its inputs. x, values, bias and y have one type, fp16 or bf16 (which ONNX Runtime has no
-CPU kernels for).
+CPU kernels for). `choices` names the plugin's kernels by number of tokens ("1=decode_a,64=wgmma_b"); where it
+is empty, the plugin's heuristic chooses.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def function(name: str, opset: int) -> FunctionProto:
     body += "    y = Add (product, bias)\n" if bias else ""
     attributes = (
         f'pattern, in_features, out_features, layout: string = "{LAYOUT}", '
-        f'plugin_version: string = "{PLUGIN_VERSION}", plugin_namespace: string = "{PLUGIN_NAMESPACE}"'
+        f'plugin_version: string = "{PLUGIN_VERSION}", plugin_namespace: string = "{PLUGIN_NAMESPACE}", '
+        'choices: string = ""'
     )
     return parser.parse_function(
         f'<opset_import: ["": {opset}], domain: "{DOMAIN}">\n'
@@ -93,7 +95,14 @@ def function(name: str, opset: int) -> FunctionProto:
 
 
 def make_node(
-    name: str, x: str, y: str, *, shape: tuple[int, int], bias: bool = False, permutation: bool = False
+    name: str,
+    x: str,
+    y: str,
+    *,
+    shape: tuple[int, int],
+    bias: bool = False,
+    permutation: bool = False,
+    choices: str = "",
 ) -> NodeProto:
     """A node of the operator; its weights are the initializers `<name>.values`, `<name>.metadata` and so on.
 
@@ -104,6 +113,7 @@ def make_node(
         shape: `[N, K]` of the weight.
         bias: whether there is a `<name>.bias`.
         permutation: whether there is a `<name>.permutation`.
+        choices: the plugin's kernels by number of tokens.
     """
     weights = ["values", "metadata", *["bias"] * bias, *["permutation"] * permutation]
     return helper.make_node(
@@ -118,6 +128,7 @@ def make_node(
         layout=LAYOUT,
         plugin_version=PLUGIN_VERSION,
         plugin_namespace=PLUGIN_NAMESPACE,
+        choices=choices,
     )
 
 

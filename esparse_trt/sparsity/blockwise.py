@@ -6,7 +6,8 @@ rotary embeddings, ALiBi) is whatever the model itself passes: its forward runs 
 with blocks that do nothing but write down their arguments.
 
 Memory: one block in the compute dtype, and the hidden states of the whole calibration text, samples · length
-· hidden, in host memory. The compute dtype is float32 on a CPU and the checkpoint's own dtype on a GPU.
+· hidden, in host memory; where weights are fitted to the dense model, its own too. The
+compute dtype is float32 on a CPU and the checkpoint's own dtype on a GPU.
 """
 
 from __future__ import annotations
@@ -53,10 +54,13 @@ class BlockwiseModel:
         dtype: what is computed in.
         stored_dtype: dtype of the checkpoint's linear layers.
         hidden: [samples, length, hidden], the inputs of the next block, in host memory; None before `embed`.
+        batch_size: sequences that pass through a block at a time.
+        dense: what the next block reads in the dense model, of the same shape; None if nobody follows it.
     """
 
     def __init__(self, path: Path, device: torch.device, *, trust_remote_code: bool = False) -> None:
         self.path = path
+        self.trust_remote_code = trust_remote_code
         self.device = device
         self.config = load_config(path, trust_remote_code=trust_remote_code)
         self.family: Family = family_of(self.config)
@@ -73,7 +77,8 @@ class BlockwiseModel:
         self._blocks = self.model.get_submodule(self.family.blocks)
         self.blocks = len(self._blocks)
         self.hidden: Tensor | None = None
-        self._batch_size = 1
+        self.dense: Tensor | None = None
+        self.batch_size = 1
         self._calls: dict[int, list[Call]] = {}  # batch size -> arguments of each block
 
     def block_name(self, index: int) -> str:
@@ -92,11 +97,11 @@ class BlockwiseModel:
             parameter = (self.model._tied_weights_keys or {}).get(parameter, parameter)
         return stored_name(parameter, self._files, self.model.base_model_prefix)
 
-    def embed(self, windows: Tensor, batch_size: int) -> None:
-        """Set `hidden` to what the first block reads, and learn what every block is called with."""
+    def embed(self, windows: Tensor, batch_size: int, *, follow_dense: bool = False) -> None:
+        """Set `hidden` (and `dense`) to what the first block reads; learn what every block is called with."""
         outside = [name for name, _ in self.model.base_model.named_children()]
         prefix = self.model.base_model_prefix
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         batches = []
         with self._loaded(*(f"{prefix}.{name}" for name in outside), except_blocks=True):
             for ids in windows.split(batch_size):
@@ -104,6 +109,17 @@ class BlockwiseModel:
                 self._calls.setdefault(len(ids), calls)
                 batches.append(first.cpu())
         self.hidden = torch.cat(batches)
+        self.dense = self.hidden.clone() if follow_dense else None
+
+    @property
+    def streams(self) -> dict[str, Tensor]:
+        """Hidden states to go on from: `hidden`, and `dense` if it is followed; empty before `embed`."""
+        streams = {"hidden": self.hidden, "dense": self.dense}
+        return {name: stream for name, stream in streams.items() if stream is not None}
+
+    def resume(self, streams: dict[str, Tensor]) -> None:
+        """Go on from these hidden states."""
+        self.hidden, self.dense = streams["hidden"], streams.get("dense")
 
     @contextmanager
     def resident(self, index: int) -> Iterator[nn.Module]:
@@ -111,16 +127,35 @@ class BlockwiseModel:
         with self._loaded(self.block_name(index)):
             yield self._blocks[index]
 
-    def run(self, index: int, store: bool = False) -> Iterator[int]:
-        """Run a resident block over all batches, yielding their numbers; `store` replaces `hidden`."""
+    def forward(self, index: int, hidden: Tensor) -> Tensor:
+        """What a resident block puts out for as many sequences on the device as a batch has."""
+        call = self._calls[len(hidden)][index]
+        output = self._blocks[index](hidden, *call.args, **call.kwargs)
+        return output[0] if self.family.block_returns == "tuple" else output
+
+    def run(self, index: int) -> Iterator[int]:
+        """Run a resident block over all batches of `hidden`, yielding their numbers."""
         assert self.hidden is not None
-        for number, hidden in enumerate(self.hidden.split(self._batch_size)):
-            call = self._calls[len(hidden)][index]
+        for number, hidden in enumerate(self.hidden.split(self.batch_size)):
             with torch.no_grad():
-                output = self._blocks[index](hidden.to(self.device), *call.args, **call.kwargs)
-            if store:
-                hidden.copy_(output[0] if self.family.block_returns == "tuple" else output)
+                self.forward(index, hidden.to(self.device))
             yield number
+
+    def run_pairs(self, index: int) -> Iterator[int]:
+        """Run a resident block over each batch of `dense` and then the same batch of `hidden`."""
+        assert self.hidden is not None and self.dense is not None
+        batches = zip(self.dense.split(self.batch_size), self.hidden.split(self.batch_size), strict=True)
+        for number, pair in enumerate(batches):
+            with torch.no_grad():
+                for hidden in pair:
+                    self.forward(index, hidden.to(self.device))
+            yield number
+
+    @torch.no_grad()
+    def advance(self, index: int, stream: Tensor) -> None:
+        """Replace `hidden` or `dense` by what a resident block puts out for it."""
+        for hidden in stream.split(self.batch_size):
+            hidden.copy_(self.forward(index, hidden.to(self.device)))
 
     def run_final(self, head: Callable[[Tensor], None]) -> Iterator[int]:
         """Pass the last hidden states through the final norm, and each batch on to `head`."""
@@ -128,7 +163,7 @@ class BlockwiseModel:
         modules = [m for name in self.family.final if (m := self._optional(name)) is not None]
         names = [name for name in self.family.final if self._optional(name) is not None]
         with self._loaded(*names), torch.no_grad():
-            for number, hidden in enumerate(self.hidden.split(self._batch_size)):
+            for number, hidden in enumerate(self.hidden.split(self.batch_size)):
                 x = hidden.to(self.device)
                 for module in modules:
                     x = module(x)

@@ -2,9 +2,11 @@
 
     head.json                   the fingerprint: what the steps depend on
     calibration.safetensors     the calibration tokens
+    costs.json                  what each site costs and which stay dense, under a budget
     shared.safetensors          permutations of the residual stream, under `residual: shared`
-    block-00012.safetensors     masks (one bit a weight), permutations and records of a finished step
+    block-00012.safetensors     masks (one bit a weight), re-fitted values, permutations and records of a step
     hidden-00012.safetensors    hidden states after that step; only the latest is kept
+    distilled.safetensors       values of all layers after the whole model was trained
 
 Files are written under temporary names and renamed; a step's hidden states are written before its decisions,
 and the older hidden states deleted after, so a process may be killed at any time.
@@ -21,15 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from esparse_trt.artifacts import write_atomic
 from esparse_trt.errors import EsparseError
-from esparse_trt.records import ChannelProfile, LayerRecord
+from esparse_trt.records import ChannelProfile, LayerRecord, RecoverRecord, SiteCost
 from esparse_trt.sparsity.permute import Choice
-from esparse_trt.sparsity.pruner import Pruned
+from esparse_trt.sparsity.pruned import Pruned
+
+_COSTS = TypeAdapter(list[SiteCost])
 
 
 class Journal:
@@ -79,48 +84,75 @@ class Journal:
         """Size on disk."""
         return sum(file.stat().st_size for file in self.root.glob("*"))
 
-    def write(self, step: int, result: Pruned, hidden: Tensor | None) -> None:
+    def write(self, step: int, result: Pruned, streams: dict[str, Tensor]) -> None:
         """Record a finished step and the hidden states after it."""
-        if hidden is not None:
-            save(self._hidden(step), {"hidden": hidden})
+        if streams:
+            save(self._hidden(step), streams)
         tensors = {f"mask:{name}": pack(mask) for name, mask in result.masks.items()}
+        tensors |= {f"values:{name}": values for name, values in result.values.items()}
         tensors |= {f"permutation:{name}": p for name, p in result.permutations.items()}
         records = {
             "layers": json.dumps([record.model_dump(mode="json") for record in result.layers]),
             "channels": json.dumps([profile.model_dump(mode="json") for profile in result.channels]),
+            "recovered": json.dumps([record.model_dump(mode="json") for record in result.recovered]),
         }
         save(self._block(step), tensors, records)
         self.done = step + 1
         if step:
             self._hidden(step - 1).unlink(missing_ok=True)
 
-    def hidden(self) -> Tensor:
+    def streams(self) -> dict[str, Tensor]:
         """Hidden states after the last finished step."""
-        return load_file(self._hidden(self.done - 1))["hidden"].clone()
+        return {name: stream.clone() for name, stream in load_file(self._hidden(self.done - 1)).items()}
 
-    def masks(self) -> Iterator[tuple[str, Tensor]]:
-        """Layer and mask of every pruned layer, one at a time."""
+    def masks(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Layer, mask and re-fitted values (None: the dense ones) of every pruned layer, one at a time."""
         for step in range(self.done):
             with safe_open(self._block(step), framework="pt") as file:
                 shapes = {r["name"]: r["shape"] for r in json.loads(file.metadata()["layers"])}
+                fitted = set(_names(file, "values"))
                 for name in _names(file, "mask"):
-                    yield name, unpack(file.get_tensor(f"mask:{name}"), shapes[name])
+                    values = file.get_tensor(f"values:{name}") if name in fitted else None
+                    yield name, unpack(file.get_tensor(f"mask:{name}"), shapes[name]), values
 
     def decided(self) -> Pruned:
-        """What all finished steps decided, but for the masks."""
+        """What all finished steps decided, but for masks and values."""
         total = Pruned()
         for step in range(self.done):
             with safe_open(self._block(step), framework="pt") as file:
-                layers, channels = (json.loads(file.metadata()[key]) for key in ("layers", "channels"))
+                layers, channels, recovered = (
+                    json.loads(file.metadata()[key]) for key in ("layers", "channels", "recovered")
+                )
                 permutations = {n: file.get_tensor(f"permutation:{n}") for n in _names(file, "permutation")}
             total.add(
                 Pruned(
                     permutations=permutations,
                     layers=[LayerRecord.model_validate(record) for record in layers],
                     channels=[ChannelProfile.model_validate(profile) for profile in channels],
+                    recovered=[RecoverRecord.model_validate(record) for record in recovered],
                 )
             )
         return total
+
+    def save_distilled(self, result: Pruned) -> None:
+        """Keep what training the whole model gave."""
+        save(self._distilled, result.values, {"record": result.recovered[0].model_dump_json()})
+
+    def distilled(self) -> Pruned | None:
+        """What training the whole model gave, None if it was not done."""
+        if not self._distilled.exists():
+            return None
+        with safe_open(self._distilled, framework="pt") as file:
+            record = RecoverRecord.model_validate_json(file.metadata()["record"])
+        return Pruned(values=load_file(self._distilled), recovered=[record])
+
+    def save_costs(self, costs: list[SiteCost]) -> None:
+        """Keep what the sites cost."""
+        write_atomic(self._costs, _COSTS.dump_json(costs).decode())
+
+    def costs(self) -> list[SiteCost] | None:
+        """What the sites cost, None if that was not measured yet."""
+        return _COSTS.validate_json(self._costs.read_bytes()) if self._costs.exists() else None
 
     def save_tokens(self, windows: Tensor) -> None:
         """Keep the calibration tokens."""
@@ -139,6 +171,14 @@ class Journal:
         """The permutations of the residual stream, None if they were not chosen yet."""
         file = self.root / "shared.safetensors"
         return Choice(**load_file(file)) if file.exists() else None
+
+    @property
+    def _costs(self) -> Path:
+        return self.root / "costs.json"
+
+    @property
+    def _distilled(self) -> Path:
+        return self.root / "distilled.safetensors"
 
     def _block(self, step: int) -> Path:
         return self.root / f"block-{step:05d}.safetensors"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from torch import nn
 
@@ -56,19 +58,27 @@ class Plan:
     outside: tuple[PlannedSite, ...]  # layers outside the blocks that stay dense
 
 
-def plan_layers(model: BlockwiseModel, pattern: Pattern, selection: LayerSelection) -> Plan:
+def plan_layers(
+    model: BlockwiseModel,
+    pattern: Pattern,
+    selection: LayerSelection,
+    dense: Mapping[str, str] = MappingProxyType({}),
+) -> Plan:
     """Find the model's linear layers and decide which are pruned.
+
+    Args:
+        dense: layers that are not pruned although they are selected, each with the reason.
 
     Raises:
         EsparseError: nothing is selected, or the pattern does not divide K of a selected layer.
     """
     blocks = tuple(
-        tuple(_plan_site(model, site, index, selection) for site in model.family.sites)
+        tuple(_plan_site(model, site, index, selection, dense) for site in model.family.sites)
         for index in range(model.blocks)
     )
     known = {layer.name for block in blocks for site in block for layer in site.layers}
     outside = [
-        _plan_outside(model, name, module, selection)
+        _plan_outside(model, name, module, selection, dense)
         for name, module in model.model.named_modules()
         if isinstance(module, nn.Linear) and name not in known
     ]
@@ -91,19 +101,25 @@ def _sites(plan: Plan) -> list[PlannedSite]:
     return [*sites, plan.head] if plan.head else sites
 
 
-def _plan_site(model: BlockwiseModel, site: Site, index: int, selection: LayerSelection) -> PlannedSite:
+def _plan_site(
+    model: BlockwiseModel, site: Site, index: int, selection: LayerSelection, dense: Mapping[str, str]
+) -> PlannedSite:
     layers = []
     for path in site.linears:
         name = f"{model.block_name(index)}.{path}"
         weight = linear(model.model, name).weight
-        layers.append(Layer(name, (weight.shape[0], weight.shape[1]), _unselected(name, selection)))
+        layers.append(Layer(name, (weight.shape[0], weight.shape[1]), _reason(name, selection, dense)))
     return PlannedSite(site, index, tuple(layers))
 
 
 def _plan_outside(
-    model: BlockwiseModel, name: str, module: nn.Linear, selection: LayerSelection
+    model: BlockwiseModel,
+    name: str,
+    module: nn.Linear,
+    selection: LayerSelection,
+    dense: Mapping[str, str],
 ) -> PlannedSite:
-    reason = _unselected(name, selection)
+    reason = _reason(name, selection, dense)
     if name != model.family.head:
         reason = "outside the decoder blocks"
     elif reason is None and model.config.tie_word_embeddings:
@@ -112,10 +128,11 @@ def _plan_outside(
     return PlannedSite(Site(name.rpartition(".")[2], (name,), "residual"), None, (layer,))
 
 
-def _unselected(name: str, selection: LayerSelection) -> str | None:
+def _reason(name: str, selection: LayerSelection, dense: Mapping[str, str]) -> str | None:
+    """Why a layer is not pruned, None if it is."""
     for glob in selection.exclude:
         if fnmatchcase(name, glob):
             return f"prune.layers.exclude has {glob!r}"
     if not any(fnmatchcase(name, glob) for glob in selection.include):
         return "prune.layers.include does not match it"
-    return None
+    return dense.get(name)

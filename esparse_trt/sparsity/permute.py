@@ -1,15 +1,18 @@
 """Choosing permutations of input channels that make N:M pruning lose less (DESIGN section 5).
 
 A permutation is chosen to raise the *kept score*: what the best N:M mask of the permuted scores keeps. By
-default it is the squares of the scores that are kept: of |W_ij|·‖X_j‖₂ the pruned squares sum to the layer's
-squared output error, as far as its inputs are uncorrelated. Keeping much of the plain scores may still mean
-losing a few large ones. `objective: score` is the paper's. Squaring changes no mask, only permutations.
+default it is the output error that the scores stand for (`score.error`) that is kept: the squares of
+|W_ij|·‖X_j‖₂, of which the pruned ones sum to the layer's squared output error, as far as its inputs are
+uncorrelated. Keeping much of the plain scores may still mean losing a few large ones. `objective: score` is
+the paper's. Squaring changes no mask, only permutations.
 
 Global naive shuffle. Channels are ranked by descending mean score and dealt out: with G = K/m groups, rank r
 goes to group r mod G, slot r div G, so that every group holds one channel of each rank band. (`sort` lays the
 ranked channels out contiguously, which makes groups of equals; it exists for the ablation.)
 
 Local block shuffle. Greedy swaps of channels inside blocks of consecutive positions: see `swap`.
+
+Linear assignment. One slot of all groups at a time is given out anew: see `assign`.
 """
 
 from __future__ import annotations
@@ -20,38 +23,37 @@ import torch
 from torch import Tensor
 
 from esparse_trt.sections import PermuteSection
+from esparse_trt.sparsity.assign import assign
 from esparse_trt.sparsity.pattern import Pattern
 from esparse_trt.sparsity.permutation import by_head, identity
 from esparse_trt.sparsity.swap import local_shuffle
 
 
 class Choice(NamedTuple):
-    """Permutations [..., K] after the global shuffle alone, and after the local one too."""
+    """Permutations [..., K] after the global shuffle alone, and after all searches."""
 
     global_: Tensor
     final: Tensor
-
-
-def objective(scores: Tensor, section: PermuteSection) -> Tensor:
-    """What a permutation is to keep of the scores, elementwise."""
-    return scores.square() if section.objective == "error" else scores
 
 
 def choose(scores: Tensor, pattern: Pattern, section: PermuteSection) -> Choice:
     """Choose a permutation for each of B independent problems.
 
     Args:
-        scores: [B, N, K], rows of every layer that reads the tensor, stacked; K a multiple of m.
+        scores: [B, N, K], what is to be kept of every weight of all layers that read the tensor, their rows
+            stacked; K a multiple of m.
 
     Returns:
         permutations [B, K].
     """
-    scores = objective(scores, section)
-    start = _GLOBAL[section.global_](scores, pattern)
-    if section.local is None:
-        return Choice(start, start)
-    block = max(1, section.local.block // pattern.group) * pattern.group
-    return Choice(start, local_shuffle(scores, pattern, start, block=block, rounds=section.local.rounds))
+    start = final = _GLOBAL[section.global_](scores, pattern)
+    if section.local is not None:
+        width = scores.shape[-1] if section.local.block == "full" else section.local.block
+        block = max(1, width // pattern.group) * pattern.group
+        final = local_shuffle(scores, pattern, start, block=block, rounds=section.local.rounds)
+    if section.assign:
+        final = assign(scores, pattern, final, section.assign)
+    return Choice(start, final)
 
 
 def choose_heads(

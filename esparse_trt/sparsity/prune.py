@@ -14,12 +14,15 @@ from esparse_trt.checkpoint import check_weights, fingerprint, weight_files
 from esparse_trt.model import check_vocabulary, load_config, load_model, load_tokenizer, resolve
 from esparse_trt.progress import note, track
 from esparse_trt.recipe import Recipe
-from esparse_trt.records import PruneRecord
+from esparse_trt.records import PruneRecord, SiteCost
 from esparse_trt.sections import PruneSection, TextSelf
 from esparse_trt.sparsity.blockwise import BlockwiseModel, resolve_device
+from esparse_trt.sparsity.budget import choose_layers
 from esparse_trt.sparsity.journal import Journal, save
 from esparse_trt.sparsity.models import family_of
-from esparse_trt.sparsity.pruner import Pruned, Pruner
+from esparse_trt.sparsity.pruned import Pruned
+from esparse_trt.sparsity.pruner import Pruner
+from esparse_trt.sparsity.recover import distill
 from esparse_trt.sparsity.save import require_space, write_checkpoint
 from esparse_trt.text import token_windows, tokens_sha256
 
@@ -41,13 +44,31 @@ def prune_model(
         batch_size: sequences that pass through a block at a time.
     """
     model = BlockwiseModel(path, resolve_device(section.device), trust_remote_code=trust_remote_code)
-    pruner = Pruner(model, windows, section, batch_size)
+    costs = _choose_layers(model, windows, section, batch_size)
+    pruner = Pruner(model, windows, section, batch_size, costs)
+    pruned = _prune_all(pruner, Pruned(costs=costs))
+    if section.recover and section.recover.distill:
+        pruned.add(distill(model, pruned, windows, section.recover.distill))
+    return replace(pruned, layers=pruned.layers + pruner.dense_layers())
+
+
+def _prune_all(pruner: Pruner, pruned: Pruned) -> Pruned:
+    """Take all steps, in memory."""
     if pruner.needs_shared:
         pruner.shared = pruner.choose_shared()
-    pruned = Pruned()
     for index in track(range(pruner.steps), "pruning"):
         pruned.add(pruner.step(index))
-    return replace(pruned, layers=pruned.layers + pruner.dense_layers())
+    return pruned
+
+
+def _choose_layers(
+    model: BlockwiseModel, windows: Tensor, section: PruneSection, batch_size: int
+) -> list[SiteCost]:
+    """What each site costs and which stay dense, if there is a budget: from a pruning without recovery."""
+    if section.budget is None:
+        return []
+    pruner = Pruner(model, windows, section.model_copy(update={"recover": None}), batch_size)
+    return choose_layers(model, _prune_all(pruner, Pruned()), windows, section.budget)
 
 
 def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
@@ -73,11 +94,21 @@ def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
     journal.open(_fingerprint(recipe, source_sha256, model, windows))
     if journal.tokens() is None:
         journal.save_tokens(windows)
+    costs: list[SiteCost] = []
+    if recipe.prune.budget is not None:
+        costs = journal.costs() or _choose_layers(model, windows, recipe.prune, recipe.calibration.batch_size)
+        journal.save_costs(costs)
+        pruner = Pruner(model, windows, recipe.prune, recipe.calibration.batch_size, costs)
     _run(pruner, journal)
 
-    masks = ((model.stored_name(f"{name}.weight"), mask) for name, mask in journal.masks())
-    write_checkpoint(source, folder.checkpoint, masks, tokenizer if recipe.model.tokenizer else None)
     decided = journal.decided()
+    distilled = _distill(recipe, model, journal, windows)
+    decided.add(distilled)
+    masks = (
+        (model.stored_name(f"{name}.weight"), mask, distilled.values.get(name, values))
+        for name, mask, values in journal.masks()
+    )
+    write_checkpoint(source, folder.checkpoint, masks, tokenizer if recipe.model.tokenizer else None)
     save(folder.permutation, decided.permutations)
     layers = decided.layers + pruner.dense_layers()
     journal.close()
@@ -92,7 +123,26 @@ def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
         device=str(model.device),
         layers=layers,
         channels=decided.channels,
+        costs=costs,
+        recovered=decided.recovered,
     )
+
+
+def _distill(recipe: Recipe, model: BlockwiseModel, journal: Journal, windows: Tensor) -> Pruned:
+    """Train the whole model if the recipe wants it and the journal does not have it yet."""
+    section = recipe.prune.recover.distill if recipe.prune.recover else None
+    if section is None:
+        return Pruned()
+    if (stored := journal.distilled()) is not None:
+        return stored
+    found = list(journal.masks())
+    pruned = Pruned(
+        masks={name: mask for name, mask, _ in found},
+        values={name: values for name, _, values in found if values is not None},
+    )
+    result = distill(model, pruned, windows, section)
+    journal.save_distilled(result)
+    return result
 
 
 def _calibration_tokens(
@@ -131,11 +181,13 @@ def _fingerprint(
 
 
 def _bytes_needed(pruner: Pruner) -> int:
-    """The checkpoint, and the journal at its largest: a bit a weight, and hidden states twice."""
+    """The checkpoint, and the journal at its largest: a bit a weight, values, hidden states twice."""
     model = pruner.model
     checkpoint = sum(file.stat().st_size for file in weight_files(model.path))
-    hidden = 0 if model.hidden is None else model.hidden.nbytes
-    return checkpoint + model.parameters // 8 + 2 * hidden
+    hidden = sum(stream.nbytes for stream in model.streams.values())
+    recover = pruner.section.recover
+    values = checkpoint * (pruner.updated + bool(recover and recover.distill))
+    return checkpoint + values + model.parameters // 8 + 2 * hidden
 
 
 def _run(pruner: Pruner, journal: Journal) -> None:
@@ -148,6 +200,6 @@ def _run(pruner: Pruner, journal: Journal) -> None:
     if journal.done:
         note(f"pruning resumes after {journal.done} of {pruner.steps} steps")
         if pruner.calibrated and journal.done < pruner.steps:
-            pruner.model.hidden = journal.hidden()
+            pruner.model.resume(journal.streams())
     for index in track(range(journal.done, pruner.steps), "pruning"):
-        journal.write(index, pruner.step(index), pruner.model.hidden)
+        journal.write(index, pruner.step(index), pruner.model.streams)

@@ -1,85 +1,90 @@
 """The core of one-shot pruning: decoder blocks in turn, each seeing what the pruned ones before it put out.
 
 For every site of a block, the dense weights are scored on the inputs that the block really receives, a
-permutation is chosen, and the best N:M mask under it becomes zeros in the weights; then the pruned block's
-outputs become the inputs of the next block. Nothing is written to disk here.
+permutation is chosen, and the best N:M mask under it becomes zeros in the weights, the rest of which may be
+re-fitted (see `update`); then the pruned block's outputs become the inputs of the next block. Nothing is
+written to disk here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from esparse_trt.records import ChannelProfile, KeptScore, LayerRecord
+from esparse_trt.records import ChannelProfile, KeptScore, LayerRecord, SiteCost, UpdateRecord
 from esparse_trt.sections import PruneSection
 from esparse_trt.sparsity import calibrate, permute
 from esparse_trt.sparsity.blockwise import BlockwiseModel
+from esparse_trt.sparsity.hessian import corrected
 from esparse_trt.sparsity.layers import Layer, PlannedSite, plan_layers
 from esparse_trt.sparsity.models import heads_of, linear
 from esparse_trt.sparsity.pattern import Pattern, kept_score, nm_mask
 from esparse_trt.sparsity.permutation import identity, inverse, is_identity
 from esparse_trt.sparsity.permute import Choice
-from esparse_trt.sparsity.score import ChannelStatistics, needs_entropy, needs_statistics, score
+from esparse_trt.sparsity.pruned import Pruned
+from esparse_trt.sparsity.recover import recover_block
+from esparse_trt.sparsity.score import (
+    ChannelStatistics,
+    error,
+    needs_hessian,
+    needs_information,
+    needs_statistics,
+    score,
+)
+from esparse_trt.sparsity.update import update
 
 _SHARED_ROWS = 1 << 15  # rows of scores, over all layers, on which the shared permutation is chosen
 _PROFILE_CHANNELS = 512
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """What was decided: for one step (a block, or the head), or for a whole model.
-
-    Attributes:
-        masks: layer -> bool [N, K] in host memory, True where the weight is kept; original channel order.
-        permutations: layer -> int64 [K] in host memory; layers that are not permuted are absent.
-        layers: a record for every linear layer, dense ones too.
-        channels: profiles for the report, of the first, middle and last block and of the head.
-    """
-
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    permutations: dict[str, Tensor] = field(default_factory=dict)
-    layers: list[LayerRecord] = field(default_factory=list)
-    channels: list[ChannelProfile] = field(default_factory=list)
-
-    def add(self, other: Pruned) -> None:
-        """Take in what another step decided."""
-        self.masks.update(other.masks)
-        self.permutations.update(other.permutations)
-        self.layers.extend(other.layers)
-        self.channels.extend(other.channels)
-
-    @torch.no_grad()
-    def apply(self, model: nn.Module) -> None:
-        """Zero the pruned weights of the dense model, in place."""
-        for name, mask in self.masks.items():
-            weight = linear(model, name).weight
-            weight.mul_(mask.to(weight.device))
-
-
 class Pruner:
     """Prunes a model step by step: `for i in range(pruner.steps): pruner.step(i)`.
+
+    `costs` are those of the sites, some of which a budget keeps dense.
 
     Attributes:
         model: the model; its hidden states are those that the next step reads.
         steps: number of decoder blocks, plus one if the head is pruned.
-        calibrated: whether the score needs the calibration text at all; magnitude does not.
+        updated: whether kept weights are re-fitted or trained.
+        calibrated: whether anything needs the calibration text; the score magnitude alone does not.
         shared: the residual stream's permutations under `residual: shared`, from `choose_shared`.
     """
 
     def __init__(
-        self, model: BlockwiseModel, windows: Tensor, section: PruneSection, batch_size: int
+        self,
+        model: BlockwiseModel,
+        windows: Tensor,
+        section: PruneSection,
+        batch_size: int,
+        costs: Sequence[SiteCost] = (),
     ) -> None:
         self.model = model
         self.section = section
         self.pattern = Pattern.parse(section.pattern)
-        self.plan = plan_layers(model, self.pattern, section.layers)
+        dense = {
+            name: f"prune.budget: its site costs {cost.nats:.4f} nats"
+            for cost in costs
+            if cost.dense
+            for name in cost.layers
+        }
+        self.plan = plan_layers(model, self.pattern, section.layers, dense)
         self.steps = model.blocks + (self.plan.head is not None)
         self.shared: Choice | None = None
-        self.calibrated = needs_statistics(section.score)
-        self._bins = section.score.bins if needs_entropy(section.score) else None
+        self._refit = section.update.method == "obs"
+        self.updated = section.update.method == "obs" or section.recover is not None
+        self._recover = section.recover if section.recover and section.recover.steps else None
+        self._correct = self._refit and section.update.correct > 0
+        self.calibrated = needs_statistics(section.score) or self.updated
+        self._collect = partial(
+            calibrate.collect,
+            bins=section.score.bins if needs_information(section.score) else None,
+            measure=section.score.information,
+            hessian=needs_hessian(section.score) or self._refit,
+        )
         self._windows = windows
         self._batch_size = batch_size
         self._profiled = {0, model.blocks // 2, model.blocks - 1}
@@ -93,7 +98,7 @@ class Pruner:
     def restart(self) -> None:
         """Go back to the first block: its inputs are the embedded calibration text."""
         if self.calibrated:
-            self.model.embed(self._windows, self._batch_size)
+            self.model.embed(self._windows, self._batch_size, follow_dense=self.section.follows_dense)
 
     @torch.no_grad()
     def choose_shared(self) -> Choice:
@@ -114,7 +119,8 @@ class Pruner:
                 statistics = self._statistics(mine, index)
                 for site in mine:
                     for scores in self._scores(site, statistics.get(site.name)).values():
-                        samples.append(scores[::stride].to("cpu", copy=True))  # lets go of the rest
+                        wanted = self._wanted(scores[::stride])
+                        samples.append(wanted.to("cpu", copy=True))  # lets go of the rest
                 self._advance(index)
         self.restart()
         stacked = torch.cat(samples).to(self.model.device)
@@ -127,15 +133,22 @@ class Pruner:
             return self._prune_head()
         sites = self.plan.blocks[index]
         with self.model.resident(index):
-            statistics = self._statistics([site for site in sites if site.pruned], index)
+            pruned = [site for site in sites if site.pruned]
+            statistics = self._statistics(pruned, index)
+            if self._correct and index:  # nothing is pruned before the first block
+                self._compare(statistics, index)
+            if self.model.dense is not None:
+                self.model.advance(index, self.model.dense)
             result = self._prune_sites(sites, statistics, profile=index in self._profiled)
+            if self._recover and result.masks:
+                result.add(recover_block(self.model, index, result, self._recover))
             self._advance(index)
         return result
 
     def dense_layers(self) -> list[LayerRecord]:
         """Records of the layers outside the blocks that stay dense."""
         return [
-            self._record(site, layer, self.model.stored(f"{layer.name}.weight"), None, permuted=False)
+            self._record(site, layer, self.model.stored(f"{layer.name}.weight"))
             for site in self.plan.outside
             for layer in site.layers
         ]
@@ -147,19 +160,25 @@ class Pruner:
             statistics = {}
             if self.calibrated:
                 readers: dict[str, nn.Linear] = {site.name: head}
-                statistics = calibrate.collect(readers, lambda: self.model.run_final(head), bins=self._bins)
+                statistics = self._collect(readers, lambda: self.model.run_final(head))
             return self._prune_sites((site,), statistics, profile=True)
 
     def _statistics(self, sites: Iterable[PlannedSite], index: int) -> dict[str, ChannelStatistics]:
         readers = {site.name: linear(self.model.model, site.name) for site in sites}
         if not self.calibrated or not readers:
             return {}
-        return calibrate.collect(readers, lambda: self.model.run(index), bins=self._bins)
+        return self._collect(readers, lambda: self.model.run(index))
+
+    def _compare(self, statistics: dict[str, ChannelStatistics], index: int) -> None:
+        """Add to the statistics of the block's sites how their inputs differ from the dense model's."""
+        readers = {name: linear(self.model.model, name) for name in statistics}
+        products = calibrate.cross_products(readers, lambda: self.model.run_pairs(index))
+        for name, cross in products.items():
+            statistics[name] = replace(statistics[name], cross=cross)
 
     def _advance(self, index: int) -> None:
-        if self.calibrated and index + 1 < self.steps:  # nobody reads what the last step puts out
-            for _ in self.model.run(index, store=True):
-                pass
+        if self.model.hidden is not None and index + 1 < self.steps:  # nobody reads what the last puts out
+            self.model.advance(index, self.model.hidden)
 
     def _scores(self, site: PlannedSite, statistics: ChannelStatistics | None) -> dict[str, Tensor]:
         return {
@@ -179,38 +198,82 @@ class Pruner:
     def _prune_site(self, site: PlannedSite, statistics: ChannelStatistics | None, profile: bool) -> Pruned:
         weights = {layer.name: linear(self.model.model, layer.name).weight for layer in site.layers}
         if not site.pruned:
-            dense = [
-                self._record(site, layer, weights[layer.name], None, permuted=False) for layer in site.layers
-            ]
-            return Pruned(layers=dense)
+            return Pruned(layers=[self._record(site, layer, weights[layer.name]) for layer in site.layers])
         scores = self._scores(site, statistics)
         stacked = torch.cat(list(scores.values()))
-        choice = self._choose(site, stacked)
-        position = inverse(choice.final)
+        choice = self._choose(site, self._wanted(stacked))
         permuted = not is_identity(choice.final)
+        masks, fitted, record = self._decide(site, stacked, choice.final, statistics)
         result = Pruned()
         for layer in site.layers:
+            weight, kept = weights[layer.name], None
             if permuted:  # all layers that read the tensor carry its permutation, dense ones too
                 result.permutations[layer.name] = choice.final.cpu().clone()
-            kept = None
             if layer.reason is None:
-                own = scores[layer.name]
-                mask = nm_mask(own[:, choice.final], self.pattern)[:, position]
-                weights[layer.name].mul_(mask)
+                mask = masks.pop(0)
                 result.masks[layer.name] = mask.cpu()
-                own = permute.objective(own, self.section.permute)
-                kept = KeptScore(
-                    natural=kept_score(own, self.pattern),
-                    global_=kept_score(own[:, choice.global_], self.pattern),
-                    final=kept_score(own[:, choice.final], self.pattern),
-                )
-            result.layers.append(self._record(site, layer, weights[layer.name], kept, permuted=permuted))
+                if fitted:
+                    weight.copy_(fitted.pop(0).to(self.model.stored_dtype))  # what the checkpoint will hold
+                    result.values[layer.name] = weight[mask].to("cpu", self.model.stored_dtype)
+                weight.mul_(mask)
+                kept = self._kept(self._wanted(scores[layer.name]), choice)
+            result.layers.append(self._record(site, layer, weight, kept, permuted, record))
         if profile:
-            result.channels.append(_profile(site, stacked, statistics, position))
+            entropic = self.section.score.information == "entropy"
+            entropy = statistics.information if statistics and entropic else None
+            result.channels.append(_profile(site, stacked, entropy, inverse(choice.final)))
         return result
 
+    def _decide(
+        self, site: PlannedSite, scores: Tensor, order: Tensor, statistics: ChannelStatistics | None
+    ) -> tuple[list[Tensor], list[Tensor], UpdateRecord | None]:
+        """Masks of the site's pruned layers and, where they are re-fitted, their weights; original order.
+
+        Args:
+            scores: [N, K], of all these layers.
+        """
+        section, back = self.section.update, inverse(order)
+        rows = [layer.shape[0] for layer in site.pruned]
+        mask = None
+        if not self._refit or section.mask == "fixed":
+            mask = nm_mask(scores[:, order], self.pattern)
+        if not self._refit:
+            assert mask is not None
+            return list(mask[:, back].split(rows)), [], None
+        assert statistics is not None and statistics.hessian is not None
+        hessian, cross = statistics.hessian, statistics.cross
+        weights = torch.cat([linear(self.model.model, layer.name).weight for layer in site.pruned])
+        if cross is not None:
+            weights = corrected(weights, hessian, cross, section.correct, section.damping, site.name)
+        fitted = update(
+            weights[:, order],
+            hessian[order][:, order],
+            mask,
+            self.pattern,
+            section,
+            where=site.name,
+        )
+        return list(fitted.mask[:, back].split(rows)), list(fitted.weight[:, back].split(rows)), fitted.record
+
+    def _wanted(self, scores: Tensor) -> Tensor:
+        """What a permutation is to keep of the scores, elementwise."""
+        return error(scores, self.section.score) if self.section.permute.objective == "error" else scores
+
+    def _kept(self, wanted: Tensor, choice: Choice) -> KeptScore:
+        return KeptScore(
+            natural=kept_score(wanted, self.pattern),
+            global_=kept_score(wanted[:, choice.global_], self.pattern),
+            final=kept_score(wanted[:, choice.final], self.pattern),
+        )
+
     def _record(
-        self, site: PlannedSite, layer: Layer, weight: Tensor, kept: KeptScore | None, *, permuted: bool
+        self,
+        site: PlannedSite,
+        layer: Layer,
+        weight: Tensor,
+        kept: KeptScore | None = None,
+        permuted: bool = False,
+        update: UpdateRecord | None = None,
     ) -> LayerRecord:
         return LayerRecord(
             name=layer.name,
@@ -222,6 +285,7 @@ class Pruner:
             permuted=permuted,
             sparsity=1 - int(weight.count_nonzero()) / weight.numel(),
             kept=kept,
+            update=update if layer.reason is None else None,
         )
 
     def _choose(self, site: PlannedSite, stacked: Tensor) -> Choice:
@@ -244,12 +308,9 @@ def _reads_residual(site: PlannedSite) -> bool:
     return site.site.reads == "residual"
 
 
-def _profile(
-    site: PlannedSite, stacked: Tensor, statistics: ChannelStatistics | None, position: Tensor
-) -> ChannelProfile:
+def _profile(site: PlannedSite, stacked: Tensor, entropy: Tensor | None, position: Tensor) -> ChannelProfile:
     count = min(site.channels, _PROFILE_CHANNELS)
     channels = torch.arange(count, device=stacked.device) * site.channels // count
-    entropy = statistics.entropy if statistics else None
     return ChannelProfile(
         site=site.name,
         channels=channels.tolist(),

@@ -1,8 +1,8 @@
 """The pruned checkpoint: the dense model's own files with zeros written into them.
 
-Every file is copied, and in the copies of the safetensors files only the bytes of pruned weights change.
-Names, order, dtype, sharding and every kept weight are therefore those of the original, bit for bit, and
-memory stays at one tensor whatever the size of the model.
+Every file is copied, and in the copies of the safetensors files only the bytes of pruned weights change, and
+those of kept ones that were re-fitted. Names, order, dtype, sharding and every other weight are therefore
+those of the original, bit for bit, and memory stays at one tensor whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -25,15 +26,16 @@ _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".gguf", ".on
 def write_checkpoint(
     source: Path,
     target: Path,
-    masks: Iterable[tuple[str, Tensor]],
+    masks: Iterable[tuple[str, Tensor, Tensor | None]],
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Copy a Hugging Face folder and zero the pruned weights.
+    """Copy a Hugging Face folder, zero the pruned weights and write the re-fitted ones.
 
     Args:
         source: the dense model.
         target: replaced if it exists, only once the new folder is complete.
-        masks: (name of the stored tensor, bool [N, K], True where the weight is kept).
+        masks: (name of the stored tensor, bool [N, K], True where the weight is kept, weight[mask] in the
+            stored dtype or None where kept weights stay as they are).
         tokenizer: saved with the model if it does not lie with it.
     """
     temporary = target.with_name(f".{target.name}.tmp")
@@ -45,18 +47,21 @@ def write_checkpoint(
         shutil.copyfile(file, temporary / file.name)
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
-    _zero([temporary / file.name for file in weights], masks)
+    _write([temporary / file.name for file in weights], masks)
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
 
 
-def _zero(files: list[Path], masks: Iterable[tuple[str, Tensor]]) -> None:
+def _write(files: list[Path], masks: Iterable[tuple[str, Tensor, Tensor | None]]) -> None:
     places = {name: place for file in files for name, place in _places(file).items()}
-    for name, mask in masks:
+    for name, mask, values in masks:
         file, offset, size = places[name]
         width = size // mask.numel()  # bytes a weight; all zero bits are +0 in every float format
         stored = np.memmap(file, np.uint8, "r+", offset, (size,))
-        stored.view(f"u{width}")[~mask.flatten().numpy()] = 0
+        bits, kept = stored.view(f"u{width}"), mask.flatten().numpy()
+        bits[~kept] = 0
+        if values is not None:
+            bits[kept] = values.view(torch.uint8).numpy().view(bits.dtype)
         stored.flush()
 
 

@@ -1,16 +1,19 @@
 """How important each weight is: one function per method, listed in `SCORES`.
 
 With W [N, K] and calibration inputs X [T, K], a score is a non-negative matrix [N, K]; N:M pruning keeps the
-highest scores of each group along K. All of them are |W| times something that depends on the channel j only:
+highest scores of each group along K:
 
     magnitude   |W_ij|
     wanda       |W_ij| · ‖X_j‖₂                                                     (arXiv 2306.11695)
     ria         (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · ‖X_j‖₂^½              (ICLR 2024, Plug-and-Play)
     e_sparse    |W_ij| · (IR_j + α · RMS_j)                                         (arXiv 2310.15929)
+    obd         W_ij² · ‖X_j‖₂²: the Hessian's diagonal alone, so Wanda's mask      (LeCun et al. 1989)
+    obs         W_ij² / [H⁻¹]_jj, H = Xᵀ X damped: see `hessian`                    (arXiv 2301.00774)
 
 E-Sparse adds the information richness IR_j = −Σ_b p_bj ln p_bj, the entropy of channel j's histogram, to its
 amplitude. ‖X_j‖₂ grows with √T and the entropy does not, so the amplitude here is RMS_j = ‖X_j‖₂ / √T: the
 balance does not depend on how much text was read. The defaults of α and of the number of bins are our own.
+Other measures of information may take the entropy's place, see `calibrate`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from esparse_trt.sections import ScoreSection
+from esparse_trt.sparsity.hessian import curvature
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,12 @@ class ChannelStatistics:
     """What the scores know of a layer's inputs X [T, K]."""
 
     norm: Tensor  # [K], ‖X_j‖₂
-    entropy: Tensor | None  # [K], nats; None where the method does not use it
+    information: (
+        Tensor | None
+    )  # [K], as `score.information` measures it; None where the method does not use it
     tokens: int  # T
+    hessian: Tensor | None = None  # float32 [K, K], Xᵀ X; None where nothing uses it
+    cross: Tensor | None = None  # float32 [K, K], Dᵀ X with D [T, K] the same inputs in the dense model
 
 
 ScoreFunction = Callable[[Tensor, ChannelStatistics, ScoreSection], Tensor]
@@ -51,9 +59,19 @@ def needs_statistics(section: ScoreSection) -> bool:
     return section.method != "magnitude"
 
 
-def needs_entropy(section: ScoreSection) -> bool:
+def needs_information(section: ScoreSection) -> bool:
     """Whether the method needs histograms, and with them a second pass over the inputs."""
-    return section.method == "e_sparse" and section.entropy
+    return section.method == "e_sparse" and section.information != "none"
+
+
+def needs_hessian(section: ScoreSection) -> bool:
+    """Whether the method needs Xᵀ X."""
+    return section.method == "obs"
+
+
+def error(scores: Tensor, section: ScoreSection) -> Tensor:
+    """What pruning a weight costs in squared output error, by a score: its square, or it is that already."""
+    return scores if section.method in ("obd", "obs") else scores.square()
 
 
 def magnitude(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
@@ -75,12 +93,23 @@ def ria(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) ->
 
 
 def e_sparse(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
-    """|W_ij| · (IR_j + α · RMS_j); without the entropy it ranks as Wanda does."""
+    """|W_ij| · (IR_j + α · RMS_j); without the information it ranks as Wanda does."""
     channel = section.alpha * statistics.norm / statistics.tokens**0.5
-    if section.entropy:
-        assert statistics.entropy is not None
-        channel = channel + statistics.entropy
+    if needs_information(section):
+        assert statistics.information is not None
+        channel = channel + statistics.information
     return weight.abs() * channel.to(weight.dtype)
+
+
+def obd(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
+    """W_ij² · ‖X_j‖₂²."""
+    return wanda(weight, statistics, section).square()
+
+
+def obs(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
+    """W_ij² / [H⁻¹]_jj."""
+    assert statistics.hessian is not None
+    return weight.square() * curvature(statistics.hessian, section.damping).to(weight.dtype)
 
 
 SCORES: dict[str, ScoreFunction] = {
@@ -88,4 +117,6 @@ SCORES: dict[str, ScoreFunction] = {
     "wanda": wanda,
     "ria": ria,
     "e_sparse": e_sparse,
+    "obd": obd,
+    "obs": obs,
 }

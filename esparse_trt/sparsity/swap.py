@@ -150,7 +150,7 @@ class SwapBlocks:
         self.lost[block.unsqueeze(1), channels] = torch.maximum(values, last).sum(-1, dtype=torch.float64)
         rest = torch.where(values >= last, following, last)  # t of the module docstring
         for b, rows, where in self._by_block(block, rest, channels):
-            distance = _l1_distance(rows, self.scores[b])
+            distance = l1_distance(rows, self.scores[b])
             self.matrix[b, where] = (rows.sum(-1, keepdim=True) + self.total[b] + distance) / 2
 
     def _by_block(self, block: Tensor, rest: Tensor, channels: Tensor) -> list[tuple[int, Tensor, Tensor]]:
@@ -160,7 +160,7 @@ class SwapBlocks:
         return [(b, t.flatten(0, 1), c.flatten()) for b, (count, t, c) in enumerate(split) if count]
 
 
-def _l1_distance(a: Tensor, b: Tensor) -> Tensor:
+def l1_distance(a: Tensor, b: Tensor) -> Tensor:
     """L1 distances [P, L] between the rows of [P, N] and [L, N].
 
     A CPU sums over slices of the columns: torch walks whole rows for every pair, and those of 10 000 columns

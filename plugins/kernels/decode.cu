@@ -1,3 +1,113 @@
+#include "decode.cuh"
+
+#include <algorithm>
+
 #include "candidate.h"
 
-void esparse::add_decode(Candidates&) {}
+namespace esparse::decode {
+namespace {
+
+constexpr int64_t kMaxWeights = int64_t{1} << 36;
+constexpr int kMaxSharedBytes = 227 * 1024;
+
+// Of an SM, and what a CTA takes of them.
+constexpr int kSmSharedBytes = 228 * 1024;
+constexpr int kReservedSharedBytes = 1024;
+constexpr int kSmThreads = 1024;  // at 64 registers each
+
+using Kernel = void (*)(esparse_gemm, Plan);
+
+template <typename C>
+Kernel kernel_for(const esparse_gemm& p) {
+  if (p.dtype == ESPARSE_FP16) return p.m <= 8 ? decode<__half, C, 1> : decode<__half, C, 2>;
+  return p.m <= 8 ? decode<__nv_bfloat16, C, 1> : decode<__nv_bfloat16, C, 2>;
+}
+
+template <typename C>
+class Decode final : public Candidate {
+ public:
+  explicit Decode(int log_splits) : log_splits_(log_splits) {}
+
+  std::string name() const override {
+    return "decode_r" + std::to_string(C::kRowWarps) + "k" + std::to_string(C::kDepthWarps) + "u" +
+           std::to_string(C::kStages) + "_s" + std::to_string(1 << log_splits_);
+  }
+
+  const char* unsupported(const esparse_gemm& p, const esparse_gpu& gpu) const override {
+    if (gpu.capability != 90) return "needs compute capability 9.0";
+    if (p.m > 16) return "m is more than 16";
+    if (p.n > kMaxWeights / p.k) return "more weights than 32-bit offsets of 16 bytes reach";
+    if (ceil_div(p.k, kTileK) < 1 << log_splits_) return "k is too small for the splits";
+    if (plan<C>(p.m, p.k, log_splits_, 1).bytes > kMaxSharedBytes) return "x does not fit in shared memory";
+    return nullptr;
+  }
+
+  bool reads_permuted() const override { return true; }
+
+  const char* launch(const esparse_gemm& p, const esparse_launch& launch) const override {
+    int device = 0, multiprocessors = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error) return cudaGetErrorString(error);
+
+    // More row blocks than fit at once: every CTA takes the same number of them, with its x loaded once.
+    const int64_t blocks = ceil_div(p.n, C::kRows);
+    const int64_t rounds = rounds_for(p, blocks, multiprocessors);
+    const Plan at = plan<C>(p.m, p.k, log_splits_, rounds > 1 ? 2 : 1);
+    const unsigned splits = 1u << log_splits_;
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {1, splits, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = {static_cast<unsigned>(ceil_div(blocks, rounds)), splits};
+    config.blockDim = C::kThreads;
+    config.dynamicSmemBytes = at.bytes;
+    config.stream = static_cast<cudaStream_t>(launch.stream);
+    config.attrs = attributes;
+    config.numAttrs = launch.programmatic ? 2 : 1;
+    const Kernel kernel = kernel_for<C>(p);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes);
+    if (!error) error = cudaLaunchKernelEx(&config, kernel, p, at);
+    return error ? cudaGetErrorString(error) : nullptr;
+  }
+
+ private:
+  int64_t rounds_for(const esparse_gemm& p, int64_t blocks, int multiprocessors) const {
+    const int bytes = plan<C>(p.m, p.k, log_splits_, 2).bytes;
+    if (bytes > kMaxSharedBytes) return 1;
+    const int per_sm = std::min(kSmSharedBytes / (bytes + kReservedSharedBytes), kSmThreads / C::kThreads);
+    return ceil_div(blocks << log_splits_, int64_t{multiprocessors} * per_sm);
+  }
+
+  int log_splits_;
+};
+
+template <typename C>
+void add(Candidates& all) {
+  for (int log_splits = 0; log_splits <= 3 && C::kRows >> log_splits >= 8; ++log_splits)
+    all.push_back(std::make_unique<Decode<C>>(log_splits));
+}
+
+}  // namespace
+}  // namespace esparse::decode
+
+// Those that were within 2% of the best somewhere: M = 1, 4, 8, 16 on five shapes of an H100, with and without
+// programmatic launch.
+void esparse::add_decode(Candidates& all) {
+  using decode::Config;
+  decode::add<Config<1, 8, 4>>(all);
+  decode::add<Config<1, 8, 8>>(all);
+  decode::add<Config<2, 4, 6>>(all);
+  decode::add<Config<2, 4, 8>>(all);
+  decode::add<Config<2, 8, 4>>(all);
+  decode::add<Config<4, 2, 4>>(all);
+  decode::add<Config<4, 2, 6>>(all);
+  decode::add<Config<8, 1, 3>>(all);
+  decode::add<Config<8, 1, 4>>(all);
+  decode::add<Config<8, 1, 6>>(all);
+  decode::add<Config<8, 1, 8>>(all);
+  decode::add<Config<16, 1, 2>>(all);
+  decode::add<Config<16, 1, 4>>(all);
+}

@@ -1,11 +1,106 @@
-// Which candidate to take where nothing was measured.
+// Which candidate to take where nothing was measured: the one that a small model of the time expects to be the fastest.
+//
+// A candidate of tiles rows x tokens, K split into `split` parts, makes ceil(N / rows) ceil(M / tokens) split CTAs,
+// which run in waves over the multiprocessors. A CTA steps through its K, 128 at a time; a step takes as long as its
+// products or the bytes that it fetches, whichever is more. So
+//
+//   t = fixed + waves (steps max(flop / rate, bytes / bandwidth) + tile + [split > 1] reduce),
+//
+// and no less than the time in which the weights arrive from memory. The constants are fitted to times measured on an
+// H100; other GPUs differ in them, and share the order of the candidates more or less.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
 #include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
 
 #include "candidate.h"
+#include "esparse/es24.h"
+
+namespace {
+
+using esparse::ceil_div;
+
+// Of a family of kernels: nanoseconds; operations and bytes per nanosecond and multiprocessor.
+struct Model {
+  const char* prefix;
+  double fixed, rate, bandwidth, tile, reduce;
+};
+
+constexpr Model kModels[] = {
+    {"decode_", 2500, 4000, 60, 300, 600},
+    {"wgmma_", 3500, 9500, 90, 700, 1000},
+    {"cutlass_", 4000, 9500, 90, 1200, 1000},
+    {"ampere_", 4000, 2500, 40, 1500, 0},
+    {"reference", 4000, 50, 1, 0, 0},
+};
+constexpr double kMemory = 22.5;  // bytes per nanosecond and multiprocessor from memory, all of them at once
+
+// What a candidate's name says about its tiles.
+struct Tile {
+  const Model* model = nullptr;
+  int rows = 128, tokens = 1, split = 1, per_sm = 1;
+  bool stream_k = false;  // CTAs share out the steps evenly: waves need not be whole
+};
+
+int number_after(const std::string& name, const char* key, int otherwise) {
+  const size_t at = name.find(key);
+  int number = otherwise;
+  if (at != std::string::npos) std::sscanf(name.c_str() + at + std::strlen(key), "%d", &number);
+  return number;
+}
+
+Tile parse(const std::string& name) {
+  Tile tile;
+  for (const Model& model : kModels)
+    if (name.rfind(model.prefix, 0) == 0) tile.model = &model;
+  if (name.rfind("decode_", 0) == 0) {
+    tile.rows = 16 * number_after(name, "_r", 1);
+    tile.tokens = 16;
+  } else if (std::sscanf(name.c_str(), "%*[a-z]_n%dm%d", &tile.rows, &tile.tokens) != 2) {
+    std::sscanf(name.c_str(), "%*[a-z]_%dx%d", &tile.rows, &tile.tokens);
+  }
+  tile.split = number_after(name, "_s", 1);
+  tile.per_sm = number_after(name, "_o", 1);
+  tile.stream_k = name.find("_streamk") != std::string::npos;
+  return tile;
+}
+
+const std::vector<Tile>& tiles() {
+  static const std::vector<Tile> all = [] {
+    std::vector<Tile> parsed;
+    for (int32_t i = 0; i < esparse_candidate_count(); ++i) parsed.push_back(parse(esparse_candidate_name(i)));
+    return parsed;
+  }();
+  return all;
+}
+
+double expected_ns(const esparse_gemm& p, const esparse_gpu& gpu, const Tile& tile) {
+  if (!tile.model) return std::numeric_limits<double>::max();
+  const Model& model = *tile.model;
+  const double ctas = static_cast<double>(ceil_div(p.n, tile.rows) * ceil_div(p.m, tile.tokens) * tile.split);
+  const double slots = static_cast<double>(gpu.multiprocessors) * tile.per_sm;
+  const double waves = tile.stream_k ? std::max(1., ctas / slots) : std::ceil(ctas / slots);
+  const double steps = static_cast<double>(ceil_div(ceil_div(p.k, esparse::kTileK), tile.split));
+  const double flop = 2. * esparse::kTileK * tile.rows * tile.tokens;
+  const double bytes = esparse::kTileK * (9. / 8 * tile.rows + 2. * tile.tokens);
+  const double step = std::max(flop / model.rate, bytes / model.bandwidth) * tile.per_sm;
+  const double work = waves * (steps * step + model.tile + (tile.split > 1 ? model.reduce : 0));
+  const double weights = 9. / 8 * static_cast<double>(p.n * p.k) / (kMemory * gpu.multiprocessors);
+  return model.fixed + std::max(work, weights + model.tile);
+}
+
+}  // namespace
 
 int32_t esparse_default_candidate(const esparse_gemm* problem, const esparse_gpu* gpu) {
-  // Families lie in the order of preference for small M; the reference is last and takes everything.
-  for (int32_t i = 0; i < esparse_candidate_count(); ++i)
-    if (esparse_supports(problem, gpu, i, nullptr) == ESPARSE_SUCCESS) return i;
-  return -1;
+  int32_t best = -1;
+  double least = 0;
+  for (int32_t i = 0; i < esparse_candidate_count(); ++i) {
+    if (esparse_supports(problem, gpu, i, nullptr) != ESPARSE_SUCCESS) continue;
+    const double expected = expected_ns(*problem, *gpu, tiles()[i]);
+    if (best < 0 || expected < least) best = i, least = expected;
+  }
+  return best;
 }

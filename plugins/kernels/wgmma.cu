@@ -1,3 +1,196 @@
-#include "candidate.h"
+// The candidates of the wgmma.sp GEMM, and their launch: tensor maps, cluster, shared memory.
+#include <cuda_runtime_api.h>
 
-void esparse::add_wgmma(Candidates&) {}
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "candidate.h"
+#include "esparse/es24.h"
+#include "tma.h"
+#include "wgmma.h"
+
+namespace esparse {
+namespace {
+
+using wgmma::Arguments;
+using wgmma::Kernel;
+
+constexpr int kSharedOfSm = 228 * 1024, kSharedOfSystem = 1024;  // of the latter, one for each CTA
+constexpr int kMaxDepth = 12;                                    // of a ring, in 128 k
+constexpr int kBarriers = 8 + 6 * kMaxDepth * 8;                 // bytes: one, and two for each stage
+
+// Which CTAs form a cluster, and how many fit on an SM.
+struct Plan {
+  int split = 1, share_x = 1, share_w = 1, per_sm = 1;
+  int cluster() const { return split * share_x * share_w; }
+};
+
+int count(int64_t size, int tile) { return static_cast<int>(ceil_div(size, tile)); }
+
+class WgmmaCandidate final : public Candidate {
+ public:
+  WgmmaCandidate(const Kernel& kernel, const Plan& plan) : kernel_(kernel), plan_(plan) {}
+
+  std::string name() const override {
+    std::string name = "wgmma_n" + std::to_string(kernel_.rows) + "m" + std::to_string(kernel_.tokens);
+    if (plan_.split > 1) name += "_s" + std::to_string(plan_.split);
+    if (plan_.share_x > 1) name += "_x" + std::to_string(plan_.share_x);
+    if (plan_.share_w > 1) name += "_w" + std::to_string(plan_.share_w);
+    if (plan_.per_sm > 1) name += "_o" + std::to_string(plan_.per_sm);
+    return name;
+  }
+
+  const char* unsupported(const esparse_gemm& p, const esparse_gpu& gpu) const override {
+    if (gpu.capability != 90) return "needs a GPU of compute capability 9.0";
+    if (ceil_div(p.k, kTileK) < plan_.split) return "splits k into more parts than it has tiles of 128";
+    if (kernel_.tokens <= 64 && p.m > 8 * kernel_.tokens) return "made for fewer tokens";
+    return nullptr;
+  }
+
+  const char* launch(const esparse_gemm& p, const esparse_launch& launch) const override {
+    Arguments a{};
+    if (const char* error = encode_maps(p, a)) return error;
+    a.bias = p.bias;
+    a.n = static_cast<int>(p.n);
+    a.k_tiles = count(p.k, kTileK);
+    a.row_clusters = count(p.n, kernel_.rows * plan_.share_x);
+    a.token_clusters = count(p.m, kernel_.tokens * plan_.share_w);
+    a.share_x = plan_.share_x;
+    a.share_w = plan_.share_w;
+    a.split = plan_.split;
+    // Weights that a single token tile reads pass through L2 once; x is read by every row tile.
+    a.weight_policy = a.token_clusters == 1 ? kEvictFirst : kEvictNormal;
+    a.x_policy = a.token_clusters == 1 ? kEvictLast : kEvictNormal;
+    const int shared = place_in_shared_memory(a);
+    const void* function = p.dtype == ESPARSE_FP16 ? kernel_.fp16 : kernel_.bf16;
+    cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error) return cudaGetErrorString(error);
+
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(plan_.cluster()), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(plan_.cluster());
+    config.blockDim = static_cast<unsigned>(128 * (kernel_.warpgroups + 1));
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(launch.stream);
+    config.attrs = attributes;
+    config.numAttrs = launch.programmatic ? 2 : 1;
+    const int clusters = clusters_at_once(config, function, a.row_clusters * a.token_clusters);
+    config.gridDim.x *= clusters;
+    a.group = group(a, clusters);
+    void* arguments[] = {&a};
+    error = cudaLaunchKernelExC(&config, function, arguments);
+    return error ? cudaGetErrorString(error) : nullptr;
+  }
+
+ private:
+  // What createpolicy gives for whole tensors.
+  static constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictLast = 0x14F0000000000000,
+                            kEvictNormal = 0x1000000000000000;
+
+  const char* encode_maps(const esparse_gemm& p, Arguments& a) const {
+    const auto type = p.dtype == ESPARSE_FP16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const auto swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
+    const uint64_t m = p.m, n = p.n, k = p.k, words = kTileN * kTileK / 32, row_tiles = ceil_div(p.n, kTileN);
+    const uint32_t rows = kernel_.rows / plan_.share_w, tokens = kernel_.tokens / plan_.share_x;
+    const char* error = encode_tensor_map({type, p.values, 2, {k / 2, n}, {k}, {64, rows}, swizzle}, &a.values);
+    if (!error) error = encode_tensor_map({type, p.x, 2, {k, m}, {2 * k}, {64, tokens}, swizzle}, &a.x);
+    if (!error) error = encode_tensor_map({type, p.y, 2, {n, m}, {2 * n}, {64, 8}, swizzle}, &a.y);
+    if (!error)
+      error = encode_tensor_map({CU_TENSOR_MAP_DATA_TYPE_INT32,
+                                 p.metadata,
+                                 3,
+                                 {words, row_tiles, static_cast<uint64_t>(ceil_div(p.k, kTileK))},
+                                 {4 * words, 4 * words * row_tiles},
+                                 {static_cast<uint32_t>(words), rows / 64, 1},
+                                 CU_TENSOR_MAP_SWIZZLE_NONE},
+                                &a.metadata);
+    return error;
+  }
+
+  // Rings, buffers of y, buffers of the reduction, barriers. Returns the bytes.
+  int place_in_shared_memory(Arguments& a) const {
+    const int staging = wgmma::staging_bytes(kernel_.tokens, kernel_.warpgroups);
+    const int available = kSharedOfSm / plan_.per_sm - kSharedOfSystem - staging - kBarriers;
+    const int reduce = kernel_.rows * kernel_.tokens * 4 / plan_.split * (plan_.split - 1);
+    const int depth = plan_.split > 1 ? std::min(kMaxDepth, count(a.k_tiles, plan_.split)) : kMaxDepth;
+    int rings = fill_rings(a, depth, available - reduce);
+    // A buffer of its own spares a barrier of the cluster, but is not worth shallow rings.
+    a.reduce_in_ring = a.x_stages < 2 * std::min(4, depth) && reduce > 0;
+    if (a.reduce_in_ring) rings = std::max(fill_rings(a, depth, available), reduce);
+    a.staging = static_cast<uint32_t>(ceil_div(rings, 1024) * 1024);
+    a.reduce = a.reduce_in_ring ? 0 : a.staging + staging;
+    a.barriers = a.staging + staging + (a.reduce_in_ring ? 0 : reduce);
+    return static_cast<int>(a.barriers) + kBarriers;
+  }
+
+  // As many stages as fit, both rings about as deep in k. Returns the bytes.
+  int fill_rings(Arguments& a, int depth, int available) const {
+    const int weights = wgmma::weights_bytes(kernel_.rows), x = wgmma::x_bytes(kernel_.tokens);
+    int bytes = 0;
+    a.weights_stages = a.x_stages = 0;
+    for (;;) {
+      const bool behind = 2 * a.weights_stages <= a.x_stages;
+      const int next = behind ? weights : x;
+      if (bytes + next > available || (behind && a.weights_stages == depth)) return bytes;
+      ++(behind ? a.weights_stages : a.x_stages);
+      bytes += next;
+    }
+  }
+
+  // Persistent: as many clusters as the GPU holds at once, which its groups of SMs may make fewer than SMs / cluster.
+  // Split tiles are small: a cluster for each.
+  int clusters_at_once(const cudaLaunchConfig_t& config, const void* function, int tiles) const {
+    if (plan_.split > 1) return tiles;
+    if (!at_once_) {
+      int clusters = 0;
+      if (cudaOccupancyMaxActiveClusters(&clusters, function, &config) || clusters < 1) return tiles;
+      at_once_ = clusters;
+    }
+    return std::min<int>(tiles, at_once_);
+  }
+
+  // The clusters at work read `group` x tiles and clusters / group tiles of W: about as many bytes of each is best.
+  int group(const Arguments& a, int clusters) const {
+    const double x = 256.0 * kernel_.tokens * plan_.share_w, w = 144.0 * kernel_.rows * plan_.share_x;
+    const int best = std::max(1, static_cast<int>(std::lround(std::sqrt(clusters * w / x))));
+    return count(a.token_clusters, count(a.token_clusters, best));
+  }
+
+  Kernel kernel_;
+  Plan plan_;
+  mutable std::atomic<int> at_once_{0};  // clusters; asked of the driver once
+};
+
+}  // namespace
+
+// Those that were among the fastest of some shape when all combinations were timed on an H100, and splits of small
+// tiles for layers that are smaller still.
+void add_wgmma(Candidates& all) {
+  std::vector<Kernel> kernels;
+  wgmma::add_narrow(kernels);
+  wgmma::add_wide(kernels);
+  const auto add = [&](int rows, int tokens, std::initializer_list<Plan> plans) {
+    for (const Kernel& kernel : kernels)
+      if (kernel.rows == rows && kernel.tokens == tokens)
+        for (const Plan& plan : plans) all.push_back(std::make_unique<WgmmaCandidate>(kernel, plan));
+  };
+  // split, share_x, share_w, per_sm
+  add(64, 16, {{1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}});
+  add(128, 16, {{1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}});
+  add(64, 32, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
+  add(128, 32, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {2, 2, 1, 1}, {4, 1, 1, 2}});
+  add(64, 64, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
+  add(128, 64, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {2, 1, 1, 1}, {2, 2, 1, 1}, {4, 1, 1, 1}});
+  add(256, 64, {{1, 1, 1, 1}, {2, 1, 1, 1}});
+  add(128, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}, {2, 1, 1, 1}, {2, 2, 1, 1}});
+  add(256, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}, {2, 1, 1, 1}});
+  add(128, 256, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}});
+  add(256, 192, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}});
+}
+
+}  // namespace esparse

@@ -22,7 +22,7 @@ from esparse_trt.deploy import triton
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph.feeds import read_specs
 from esparse_trt.recipe import Recipe, parse_recipe
-from esparse_trt.records import EngineFile, EngineRecord, ExportRecord, TensorSpec
+from esparse_trt.records import EngineFile, EngineRecord, ExportRecord, PluginRecord, TensorSpec
 
 
 def load_file(path: Path) -> ModuleType:
@@ -169,6 +169,50 @@ def test_config_agrees_with_the_onnx_file_that_is_served(folder):
             assert tensor.data_type == types[value.type.tensor_type.elem_type]
             dims = [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim]
             assert [-1, *tensor.dims] == dims
+
+
+def engine_with_plugin(library: Path) -> EngineRecord:
+    record = engine_of("tensorrt")
+    plugin = PluginRecord(
+        library=str(library), version="0.1.0", layout="es24-v1", kernel_set="0123456789ab", table=None
+    )
+    return record.model_copy(update={"sparse": record.sparse.model_copy(update={"plugin": plugin})})
+
+
+def test_the_plugin_goes_with_the_engine_that_needs_it(folder, tmp_path):
+    library = tmp_path / "libesparse_trt_plugin.so"
+    library.write_bytes(b"library")
+    record = deploy_toy(folder, engine_with_plugin(library))
+    copied = folder.model_repository / "toy" / "1" / library.name
+    assert copied.read_bytes() == b"library"
+    assert str(copied.relative_to(folder.root)) in record.files
+    option = "--backend-config=tensorrt,plugins=/models/toy/1/libesparse_trt_plugin.so"
+    assert option in record.command
+    assert option in (folder.model_repository / "README.md").read_text()
+    assert (
+        "plugins=<this folder>/1/libesparse_trt_plugin.so"
+        in (folder.model_repository / "toy" / "config.pbtxt").read_text()
+    )
+    assert read_config(folder, "toy").backend == "tensorrt"
+
+
+def test_no_plugin_goes_with_an_engine_without_it_or_with_the_onnx_model(folder, tmp_path):
+    for engines, backend in (
+        (engine_of("tensorrt"), "auto"),
+        (engine_with_plugin(tmp_path / "gone.so"), "onnxruntime"),
+    ):
+        record = deploy_toy(folder, engines, deploy={"backend": backend})
+        assert "plugins" not in record.command
+        assert not list(folder.model_repository.rglob("*.so"))
+
+
+def test_a_plugin_that_is_gone_is_named_and_the_old_repository_stays(folder, tmp_path):
+    deploy_toy(folder)
+    before = sorted(folder.model_repository.rglob("*"))
+    with pytest.raises(EsparseError, match="cannot be copied: No such file") as error:
+        deploy_toy(folder, engine_with_plugin(tmp_path / "gone.so"))
+    assert error.value.where == str(tmp_path / "gone.so")
+    assert sorted(folder.model_repository.rglob("*")) == before
 
 
 def test_text_config_parses(folder):

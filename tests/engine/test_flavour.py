@@ -106,13 +106,13 @@ class Driver:
         out._obj.value = 13010
 
     def cuDeviceGetAttribute(self, out, attribute, device):
-        out._obj.value = {75: 9, 76: 0}[attribute]
+        out._obj.value = {75: 9, 76: 0, 16: 132}[attribute]
 
 
 @pytest.mark.parametrize(
     ("driver", "expected"),
     [
-        (Driver(), Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80.0, "13.1")),
+        (Driver(), Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80.0, "13.1", 132)),
         (Driver(status=100), "no usable NVIDIA GPU: cuInit returned CUDA error 100"),
         (Driver(count=0), "no NVIDIA GPU is visible (is CUDA_VISIBLE_DEVICES set?)"),
     ],

@@ -25,6 +25,7 @@ from esparse_trt.records import (
     ChannelProfile,
     Comparison,
     EngineFile,
+    EngineLayer,
     EngineRecord,
     ExportRecord,
     Fidelity,
@@ -333,7 +334,10 @@ def test_everything_foreign_is_escaped(full, tmp_path):
     ]
     profile = make_channels(evil)
     records["prune"] = records["prune"].model_copy(update={"layers": layers, "channels": [profile]})
-    records["engine"] = records["engine"].model_copy(update={"not_runnable": evil})
+    layer = EngineLayer(name=evil, sparse=True, choices=evil, reason=evil)
+    sparse = records["engine"].sparse.model_copy(update={"layers": [layer]})
+    changes = {"not_runnable": evil, "no_plugin": evil, "sparse": sparse}
+    records["engine"] = records["engine"].model_copy(update=changes)
     table = make_ablation()
     named = [row.model_copy(update={"name": evil + row.name, "settings": {evil: evil}}) for row in table.rows]
     _, folder, _ = full

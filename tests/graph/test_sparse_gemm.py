@@ -145,6 +145,7 @@ def test_what_the_plugin_reads() -> None:
         "layout": b"es24-v1",
         "plugin_version": b"1",
         "plugin_namespace": b"esparse",
+        "choices": b"",
     }
     (function,) = model.functions
     assert {*function.attribute, *(a.name for a in function.attribute_proto)} == {

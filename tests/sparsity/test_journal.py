@@ -47,11 +47,11 @@ def run_until(fatal, recipe, folder):
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize("residual", ["gather", "shared"])
-def test_kill_9_and_again(residual, make_model, make_recipe, tmp_path):
+@pytest.mark.parametrize("residual, update", [("gather", "none"), ("shared", "none"), ("gather", "obs")])
+def test_kill_9_and_again(residual, update, make_model, make_recipe, tmp_path):
     path = make_model("llama")
     permute = {"local": {"block": 16}, "residual": residual}
-    recipe = make_recipe(path, permute=permute, layers={"exclude": []})
+    recipe = make_recipe(path, permute=permute, update={"method": update}, layers={"exclude": []})
     whole, killed = BuildDir(tmp_path / "whole"), BuildDir(tmp_path / "killed")
     record = prune(recipe, whole)
 
@@ -61,7 +61,7 @@ def test_kill_9_and_again(residual, make_model, make_recipe, tmp_path):
     assert {f.name for f in killed.journal.glob("hidden-*")} == {
         "hidden-00000.safetensors", "hidden-00001.safetensors"
     }  # fmt: skip
-    if residual == "gather":
+    if residual == "gather" and update == "none":
         run_until("checkpoint", recipe, killed)  # all blocks and the head are done
         assert Journal(killed.journal).done == 3 and not killed.checkpoint.exists()
 
@@ -85,8 +85,8 @@ def test_resuming_does_not_repeat_finished_blocks(make_model, make_recipe, tmp_p
 def interrupt_after(steps, monkeypatch):
     write = Journal.write
 
-    def write_and_stop(self, step, result, hidden):
-        write(self, step, result, hidden)
+    def write_and_stop(self, step, result, streams):
+        write(self, step, result, streams)
         if step + 1 == steps:
             raise KeyboardInterrupt
 
@@ -148,6 +148,19 @@ def test_sampled_text_is_kept_for_the_resumed_run(make_model, make_recipe, tmp_p
     assert tokens.shape == (2, 12)
     monkeypatch.setattr(stage, "token_windows", None)  # not sampled again
     assert prune(recipe, folder).calibration_tokens == 24
+
+
+def test_recovery_is_resumed_too(make_model, make_recipe, tmp_path):
+    recover = {"steps": 3, "distill": {"steps": 3, "batch_size": 2}}
+    recipe = make_recipe(make_model("llama"), update={"method": "obs"}, recover=recover)
+    whole, killed = BuildDir(tmp_path / "whole"), BuildDir(tmp_path / "killed")
+    record = prune(recipe, whole)
+    run_until("block-00001.safetensors", recipe, killed)
+    assert Journal(killed.journal).done == 1
+    run_until("checkpoint", recipe, killed)  # blocks and the whole model are trained
+    assert Journal(killed.journal).distilled() is not None
+    assert prune(recipe, killed) == record
+    assert files_of(killed.root) == files_of(whole.root)
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (5, 4), (1, 12), (7, 20)])

@@ -336,3 +336,98 @@ def test_unsupported_architecture(make_model, make_recipe, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "granite"}))
     with pytest.raises(EsparseError, match="'granite' is not supported"):
         prune_model(tmp_path, torch.zeros(1, 8, dtype=torch.int64), section())
+
+
+# --- weight updates --------------------------------------------------------------------------------------
+
+OBS = {"method": "obs"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", ["adaptive", "fixed"])
+def test_updated_weights_reach_the_checkpoint(mask, dtype, make_model, make_recipe, tmp_path):
+    path = make_model("llama", dtype)
+    recipe = make_recipe(path, update={**OBS, "mask": mask}, layers={"exclude": ["*.k_proj"]})
+    folder = BuildDir(tmp_path / "build")
+    record = prune(recipe, folder)
+    tokens = token_windows(
+        recipe.calibration.text, AutoTokenizer.from_pretrained(path), samples=5, length=40, seed=0
+    )
+    in_memory = prune_model(path, tokens, recipe.prune, batch_size=2)
+    sparse, expected = (
+        AutoModelForCausalLM.from_pretrained(p, dtype="auto") for p in (folder.checkpoint, path)
+    )
+    dense = {name: p.detach().clone() for name, p in expected.named_parameters()}
+    in_memory.apply(expected)
+    for (name, got), (_, want) in zip(sparse.named_parameters(), expected.named_parameters(), strict=True):
+        assert got.dtype == dtype and torch.equal(got, want), name
+    permutations = load_file(folder.permutation)
+    for layer in record.layers:
+        weight, before = sparse.get_submodule(layer.name).weight, dense[f"{layer.name}.weight"]
+        if layer.pattern is None:
+            assert layer.update is None and torch.equal(weight, before)
+            continue
+        assert conforming_share(weight[:, permutations[layer.name]], Pattern(2, 4)) == 1
+        kept = weight != 0
+        assert (weight[kept] != before[kept]).double().mean() > 0.5, "the kept weights have moved"
+        assert layer.update.damping == 0.01 and layer.update.error < layer.update.masked_error
+
+
+def test_updates_lower_the_error_of_a_layers_output(make_model, windows):
+    """Measured on the outputs themselves, not by the Hessian."""
+    path, name = make_model("llama"), "model.layers.0.mlp.down_proj"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    x, weight = inputs_of(model, name, windows), model.get_submodule(name).weight.double()
+    errors = []
+    for update in ({"method": "none"}, OBS):
+        pruned = prune_model(path, windows, only(name, update=update, score={"method": "wanda"}))
+        sparse = torch.zeros_like(weight).masked_scatter(
+            pruned.masks[name], pruned.values.get(name, weight[pruned.masks[name]]).double()
+        )
+        errors.append(float((x @ (weight - sparse).T).square().sum() / (x @ weight.T).square().sum()))
+        record = next(layer for layer in pruned.layers if layer.name == name)
+        if record.update:
+            assert record.update.error == pytest.approx(errors[-1], rel=1e-3)
+    assert errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bloom"])
+def test_correcting_for_pruned_blocks_brings_the_model_closer_to_the_dense_one(family, make_model):
+    path, windows = make_model(family), torch.randint(2, 320, (24, 40), generator=torch.manual_seed(1))
+    dense = AutoModelForCausalLM.from_pretrained(path)
+    errors, first = [], []
+    with torch.no_grad():
+        wanted = dense(windows, output_hidden_states=True).hidden_states[-1]
+        for correct in (0, 0.5):
+            sparse = AutoModelForCausalLM.from_pretrained(path)
+            pruned = prune_model(path, windows, section(update={**OBS, "correct": correct}), batch_size=9)
+            pruned.apply(sparse)
+            got = sparse(windows, output_hidden_states=True).hidden_states[-1]
+            errors.append(float((got - wanted).square().sum() / wanted.square().sum()))
+            first.append(next(iter(pruned.values.values())))
+    assert errors[1] < 0.97 * errors[0]
+    assert torch.equal(*first), "nothing is pruned before the first block"
+
+
+def test_the_score_only_steers_the_permutation_of_adaptive_masks(make_model, windows):
+    off = {"global": "none", "local": None, "residual": "none"}
+    path = make_model("llama")
+    masks = {
+        (method, mask): prune_model(
+            path, windows, section(score={"method": method}, permute=off, update={**OBS, "mask": mask})
+        ).masks["model.layers.0.mlp.up_proj"]
+        for method in ("magnitude", "wanda")
+        for mask in ("adaptive", "fixed")
+    }
+    assert torch.equal(masks["magnitude", "adaptive"], masks["wanda", "adaptive"])
+    assert not torch.equal(masks["magnitude", "fixed"], masks["wanda", "fixed"])
+
+
+def test_a_site_shares_its_hessian_and_not_its_rows(make_model, windows):
+    """Stacking q, k and v gives each what it gets alone."""
+    path, off = make_model("llama"), {"global": "none", "local": None, "residual": "none"}
+    name = "model.layers.0.self_attn.v_proj"
+    together = prune_model(path, windows, section(permute=off, update=OBS))
+    alone = prune_model(path, windows, only(name, permute=off, update=OBS))
+    assert torch.equal(together.masks[name], alone.masks[name])
+    torch.testing.assert_close(together.values[name], alone.values[name])

@@ -1,0 +1,179 @@
+"""A finished build as a Hugging Face model whose sparse layers hold only packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from esparse_trt.artifacts import BuildDir, load_manifest
+from esparse_trt.errors import EsparseError
+from esparse_trt.model import load_model
+from esparse_trt.progress import note, track
+from esparse_trt.records import PruneRecord
+from esparse_trt.runtime.linear import Merged, SparseLinear
+from esparse_trt.runtime.packing import why_not
+from esparse_trt.sparsity.models import Family, Site, family_of, heads_of, linear
+
+
+def load(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """Load the pruned model of a build folder with packed weights.
+
+    Args:
+        folder: of a build whose prune stage has finished.
+        dtype: fp16 or bf16, of weights and activations.
+        device: default: the GPU if there is one, else the CPU (slow: weights are decompressed at every call).
+
+    Returns:
+        The model in evaluation mode. Layers that cannot be packed stay `nn.Linear`.
+
+    Raises:
+        EsparseError: no such build, another dtype, or a pattern that has no packed form (only 2:4 has one).
+    """
+    build = BuildDir(folder)
+    manifest = load_manifest(build)
+    if manifest is None:
+        raise EsparseError("no build.json there", where=folder, fix="give the folder of a build")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise EsparseError(f"packed weights are fp16 or bf16, not {dtype}", fix="pass dtype=torch.float16")
+    pruned = manifest.record("prune", PruneRecord)
+    packable = {layer.name for layer in pruned.layers if layer.pattern == "2:4"}
+    if not packable:
+        patterns = sorted({layer.pattern or "dense" for layer in pruned.layers})
+        raise EsparseError(
+            f"no layer of this build is 2:4 (found: {', '.join(patterns)})",
+            where=folder,
+            fix="set prune.pattern: '2:4'",
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = load_model(build.checkpoint, dtype)
+    pack_model(model, load_file(build.permutation), packable, device)
+    return model.to(device)
+
+
+@torch.no_grad()
+def pack_model(
+    model: PreTrainedModel, permutations: dict[str, Tensor], packable: set[str], device: torch.device | str
+) -> None:
+    """Replace the 2:4 layers of a model, in place, by packed ones; sites with several layers become one GEMM.
+
+    Args:
+        model: in the original channel order, with its zeros in place.
+        permutations: layer -> int64 [K] under which its weight is 2:4.
+        packable: the names of the 2:4 layers.
+        device: where packed layers go, one site at a time.
+    """
+    family = family_of(model.config)
+    blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    for index, block in enumerate(track(blocks, "packing")):
+        names = {path: f"{family.blocks}.{index}.{path}" for site in family.sites for path in site.linears}
+        orders = {path: permutations[name] for path, name in names.items() if name in permutations}
+        _fold(model, family, block, orders)
+        for site in family.sites:
+            if all(names[path] in packable for path in site.linears):
+                _pack_site(block, site, orders, device)
+
+
+def _pack_site(block: nn.Module, site: Site, orders: dict[str, Tensor], device: torch.device | str) -> None:
+    layers = [linear(block, path) for path in site.linears]
+    order = orders.get(site.linears[0])
+    weight = torch.cat([layer.weight.data for layer in layers]).to(device)
+    if order is not None:
+        weight = weight[:, order.to(device)]
+    if reason := why_not(weight):
+        note(f"{site.name} stays dense: {reason}")
+        return
+    biases: list[Tensor] = [layer.bias.data for layer in layers if layer.bias is not None]
+    gemm = SparseLinear.pack(weight, torch.cat(biases) if biases else None, order, name=site.name).to(device)
+    if len(layers) == 1:
+        block.set_submodule(site.linears[0], gemm)
+    else:
+        _set_members(block, site, gemm, layers)
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel) -> None:
+    """Make one GEMM of dense layers that read the same tensor, in place: the packed model's fair peer."""
+    family = family_of(model.config)
+    blocks: Any = model.get_submodule(family.blocks)
+    for block in blocks:
+        for site in family.sites:
+            layers = [linear(block, path) for path in site.linears]
+            if len(layers) > 1:
+                _set_members(block, site, _concatenated(layers), layers)
+
+
+def _concatenated(layers: Sequence[nn.Linear]) -> nn.Linear:
+    biased = layers[0].bias is not None
+    merged = nn.Linear(layers[0].in_features, 1, bias=biased, device="meta")
+    merged.out_features = sum(layer.out_features for layer in layers)
+    merged.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
+    if biased:
+        merged.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+    return merged
+
+
+def _set_members(block: nn.Module, site: Site, gemm: nn.Module, layers: Sequence[nn.Linear]) -> None:
+    members = Merged(gemm, [layer.out_features for layer in layers]).members()
+    for path, member in zip(site.linears, members, strict=True):
+        block.set_submodule(path, member)
+
+
+# --- permutations that cost nothing ----------------------------------------------------------------------
+
+
+def _fold(model: PreTrainedModel, family: Family, block: nn.Module, orders: dict[str, Tensor]) -> None:
+    """Move the permutations of `o` and `down` into the rows of the layers that make their inputs.
+
+    What is folded leaves `orders` empty for that layer and gets its columns permuted here; the rest is read
+    through the kernel's permutation of x (DESIGN section 5).
+    """
+    for before, site in zip(family.sites, family.sites[1:], strict=False):
+        path = site.linears[0]
+        if site.reads == "residual" or path not in orders:
+            continue
+        order = orders[path]
+        if site.reads == "mlp":
+            sources = {source: order for source in before.linears}
+        else:
+            rows = _value_rows(order, *heads_of(model.config, family))
+            if rows is None or len(before.linears) != 3:
+                continue
+            sources = {before.linears[2]: rows}
+        for source, rows in sources.items():
+            layer = linear(block, source)
+            layer.weight.copy_(layer.weight[rows])
+            if layer.bias is not None:
+                layer.bias.copy_(layer.bias[rows])
+        layer = linear(block, path)
+        layer.weight.copy_(layer.weight[:, order])
+        del orders[path]
+
+
+def _value_rows(order: Tensor, heads: int, kv_heads: int) -> Tensor | None:
+    """The order of v's rows that gives attention outputs in `order`; None if no such order exists.
+
+    Args:
+        order: int64 [heads · head_dim].
+
+    Returns:
+        int64 [kv_heads · head_dim], if `order` maps every head to itself, all heads of a KV head alike.
+    """
+    size = len(order) // heads
+    inside = order.view(heads, size) - torch.arange(heads)[:, None] * size
+    by_kv_head = inside.view(kv_heads, heads // kv_heads, size)
+    alike = (by_kv_head == by_kv_head[:, :1]).all() and inside.min() >= 0 and inside.max() < size
+    if not alike:
+        return None
+    return (by_kv_head[:, 0] + torch.arange(kv_heads)[:, None] * size).flatten()

@@ -1,0 +1,84 @@
+"""`esparse::sparse_gemm` as a PyTorch operator: traceable by torch.compile, capturable in CUDA graphs.
+
+On a GPU it enqueues the candidate that the tuner's table names for (N, K, dtype, M), or the library's static
+choice; on a CPU it decompresses the weight and multiplies, which is slow and right.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from esparse_trt.engine import kernels
+from esparse_trt.errors import EsparseError
+from esparse_trt.graph import es24
+from esparse_trt.graph.groups import as_numpy
+
+
+@torch.library.custom_op("esparse::sparse_gemm", mutates_args=(), device_types="cuda")
+def sparse_gemm(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, permutation: Tensor | None
+) -> Tensor:
+    """y = x Wᵀ + b.
+
+    Args:
+        x: [..., K], of the type of `values`.
+        values: [N, K/2], fp16 or bf16.
+        metadata: int32, `es24.metadata_shape(N, K)`.
+        bias: [N] or None.
+        permutation: int32 [K] or None: W's channel j reads x[..., permutation[j]].
+
+    Returns:
+        [..., N].
+
+    Raises:
+        EsparseError: shapes or types that do not fit together, or no kernel library.
+    """
+    _check(x, values, metadata)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = rows.new_empty(len(rows), len(values))
+    library = kernels.load()
+    gemm = library.bind(rows, values, metadata, y, bias=bias, permutation=permutation)
+    candidate = _candidate(gemm.problem)
+    gemm.run(candidate, library.workspace(gemm.problem, candidate), programmatic=True)
+    return y.view(*x.shape[:-1], -1)
+
+
+@sparse_gemm.register_kernel("cpu")
+def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, permutation: Tensor | None) -> Tensor:
+    _check(x, values, metadata)
+    dense = es24.unpack(es24.Packed(as_numpy(values), metadata.numpy()))
+    weight = torch.from_numpy(dense.view("int16")).view(values.dtype)
+    if permutation is not None:
+        x = x[..., permutation.long()]
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@sparse_gemm.register_fake
+def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, permutation: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+@cache
+def _candidate(problem: kernels.Problem) -> str:
+    """What runs the problem on this machine's GPU."""
+    library = kernels.load()
+    found = library.default(problem, library.current_gpu())
+    assert found is not None  # the reference kernel takes everything that `bind` accepts
+    return found
+
+
+def _check(x: Tensor, values: Tensor, metadata: Tensor) -> None:
+    rows, channels = values.shape[0], 2 * values.shape[1]
+    wrong = None
+    if x.shape[-1] != channels:
+        wrong = f"x has {x.shape[-1]} channels, the weight {channels}"
+    elif x.dtype != values.dtype:
+        wrong = f"x is {x.dtype}, the weight {values.dtype}"
+    elif tuple(metadata.shape) != es24.metadata_shape(rows, channels) or metadata.dtype != torch.int32:
+        expected = list(es24.metadata_shape(rows, channels))
+        wrong = f"metadata is {metadata.dtype} {list(metadata.shape)}, must be int32 {expected}"
+    if wrong:
+        raise EsparseError(wrong, where="esparse::sparse_gemm", fix="pack the weight with SparseLinear.pack")

@@ -1,0 +1,294 @@
+"""Benchmark of the Sparse-GEMM kernels against dense cuBLASLt and cuSPARSELt, all timed by the same code.
+
+    python plugins/bench/bench.py --out plugins/bench/results/h100
+
+writes h100.json, h100.md and plots. Per shape and number of tokens M it times, one replay of each in turn
+(esparse_trt/engine/timing.py):
+
+    dense       cuBLASLt, the fastest of the algorithms that its heuristic proposes
+    cusparselt  after its own search; for M <= 16 the fastest of M padded to 8, 16, 32 and 64
+    ours        the fastest candidate
+    ours_pdl    the same with programmatic dependent launch
+
+Every launch reads what the one before it wrote, so that the last is what a chain of GEMMs gets. The floor is
+the larger of the time to read the compressed weights at the measured bandwidth of a copy and the time of the
+multiplications at twice the measured rate of a large dense product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import clocks, environment, floor_us
+from peers import Dense, Peers, Sparse
+from render import render
+from shapes import TOKENS, names
+
+from esparse_trt import progress
+from esparse_trt.engine import timing
+from esparse_trt.engine.kernels import Gpu, Kernels, load
+from esparse_trt.engine.operands import Launch, Operands
+from esparse_trt.engine.tune import FINAL_BUDGET_US, QUICK_GRAPH_US, WARM_US, Layer
+from esparse_trt.errors import EsparseError
+
+PADDED = (8, 16, 32, 64)  # what cuSPARSELt may run for M <= 16
+RETRIED = 6  # of our candidates, with programmatic dependent launch
+TIMED = 2  # of those in the last pass
+LIMITS = {"float16": 2e-3, "bfloat16": 1e-2}  # relative L2 distance of two rounded products
+
+
+# --- one shape ---------------------------------------------------------------------------------------------
+
+
+class Shape:
+    """One layer, with its weights in all three formats."""
+
+    def __init__(
+        self, kernels: Kernels, peers: Peers, gpu: Gpu, n: int, k: int, dtype: str, rows: int
+    ) -> None:
+        self.layer = Layer(kernels, gpu, n, k, dtype, rows=max(rows, *PADDED))
+        self.operands: Operands = self.layer.operands
+        self.peers = peers
+        self.compressed: list[torch.Tensor] = []
+        self.searched: dict[int, tuple[Sparse, dict[str, int]]] = {}
+
+    def cell(self, m: int, ceilings: Mapping[str, float]) -> dict[str, Any]:
+        """Time everything at M = m."""
+        ours = self.layer.quick(m)
+        ranked = sorted(ours, key=lambda name: ours[name])
+        dense = Dense(self.peers, self.operands, m)
+        padded = [size for size in PADDED if size >= m] if m <= 16 else [m]
+        peers = {size: self.sparse(size) for size in padded}
+
+        def contest(
+            chosen: Mapping[str, Iterable[Any]], graph_us: float, **limits: Any
+        ) -> dict[tuple[str, Any], timing.Timing]:
+            replays = {
+                "dense": lambda i: self.replay(m, dense.run(i), self.operands.dense, graph_us),
+                "cusparselt": lambda size: self.replay(
+                    size, peers[size][0].run(self.compressed), self.compressed, graph_us
+                ),
+                "ours": lambda name: self.layer.replay(m, name, graph_us=graph_us),
+                "ours_pdl": lambda name: self.layer.replay(m, name, programmatic=True, graph_us=graph_us),
+            }
+            made = {(kind, key): replays[kind](key) for kind, keys in chosen.items() for key in keys}
+            return timing.measure(made, **limits)
+
+        quick = contest(
+            {"dense": dense.algorithms, "cusparselt": padded, "ours_pdl": ranked[:RETRIED]},
+            QUICK_GRAPH_US, budget_us=1.0, rounds=(3, 3),
+        )  # fmt: skip
+        final = contest(
+            {
+                "dense": _best(quick, "dense", 1),
+                "cusparselt": _best(quick, "cusparselt", 1),
+                "ours": ranked[:TIMED],
+                "ours_pdl": _best(quick, "ours_pdl", TIMED),
+            },
+            timing.GRAPH_US, budget_us=FINAL_BUDGET_US, warm_us=WARM_US,
+        )  # fmt: skip
+        fastest = _fastest(final)
+        sparse, searched = peers[fastest["cusparselt"]["key"]]
+        floors = floor_us(m, self.operands.n, self.operands.k, ceilings)
+        return {
+            "n": self.operands.n,
+            "k": self.operands.k,
+            "dtype": self.operands.dtype,
+            "m": m,
+            **fastest,
+            "cusparselt": {**fastest["cusparselt"], **searched},
+            "floor_us": max(floors.values()),
+            "bound": max(floors, key=lambda name: floors[name]),
+            "errors": self.errors(m, fastest, dense, sparse),
+            "candidates": {name: round(ours[name], 3) for name in ranked[:RETRIED]},
+        }
+
+    def sparse(self, m: int) -> tuple[Sparse, dict[str, int]]:
+        """cuSPARSELt's plan at M = m after its search, which runs once."""
+        if m not in self.searched:
+            plan = Sparse(self.peers, self.operands, m)
+            self.compressed = self.compressed or plan.compress()
+            self.searched[m] = plan, plan.search(self.compressed)
+        return self.searched[m]
+
+    def replay(self, m: int, launch: Launch, copies: Sequence[Any], graph_us: float) -> timing.Replay:
+        """A graph of a peer's launches."""
+        return self.operands.replay(m, launch, len(copies), graph_us=graph_us)
+
+    def errors(self, m: int, fastest: Mapping[str, Any], dense: Dense, sparse: Sparse) -> dict[str, float]:
+        """Relative L2 distances: of ours and cuSPARSELt to dense; of programmatic launch to none."""
+        kernels, chained = self.layer.kernels, fastest["ours_pdl"]["key"]
+        expected = self._chain(m, dense.run(fastest["dense"]["key"]), 1)
+        found = {
+            "ours": self.operands.run_sparse(kernels, m, fastest["ours"]["key"]),
+            "cusparselt": sparse.run(self.compressed),
+        }
+        errors = {name: _distance(self._chain(m, launch, 1), expected) for name, launch in found.items()}
+        plain, programmatic = (
+            self._chain(m, self.operands.run_sparse(kernels, m, chained, programmatic=on), 4)
+            for on in (False, True)
+        )
+        return {**errors, "ours_pdl": _distance(programmatic, plain)}
+
+    def _chain(self, m: int, launch: Launch, launches: int) -> torch.Tensor:
+        """The first 256 tokens of what a chain of launches over a poisoned buffer ends with, as fp32."""
+        self.operands.reset(m)
+        self.operands.at(0, m)[1].fill_(float("nan"))
+        copies = min(len(self.operands.sparse), len(self.operands.dense))
+        for index in range(launches):
+            launch(index % copies, index % 2)
+        return self.operands.at((launches - 1) % 2, m)[1][:256].float()
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
+
+
+def _best(times: Mapping[tuple[str, Any], timing.Timing], kind: str, most: int) -> list[Any]:
+    """Keys of the fastest of one kind."""
+    found = sorted((time.us, key) for (name, key), time in times.items() if name == kind)
+    return [key for _, key in found[:most]]
+
+
+def _fastest(times: Mapping[tuple[str, Any], timing.Timing]) -> dict[str, dict[str, Any]]:
+    """The fastest of each kind, with its key: an algorithm, a padded M or a candidate."""
+    found: dict[str, dict[str, Any]] = {}
+    for (kind, key), spread in sorted(times.items(), key=lambda item: -item[1].us):
+        found[kind] = {"key": key, **{name: round(value, 3) for name, value in asdict(spread).items()}}
+    return found
+
+
+# --- all of them -------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """The command line."""
+    options = arguments()
+    progress.configure("rich")
+    started = time.monotonic()
+    path = options.out.with_name(f"{options.out.name}.json")
+    kernels = load()
+    gpu = kernels.current_gpu()
+    with torch.cuda.stream(timing.stream()):
+        peers = Peers()
+        result = {"environment": environment(kernels, peers), "cells": []}
+        if options.resume and path.exists():
+            result = resume(path, result)
+        run(options, kernels, peers, gpu, result, lambda: time.monotonic() - started > options.budget_seconds)
+    save(path, result)
+    render(path)
+    print(f"{len(result['cells'])} cells in {path}, {time.monotonic() - started:.0f} s in this run")
+
+
+def run(
+    options: argparse.Namespace,
+    kernels: Kernels,
+    peers: Peers,
+    gpu: Gpu,
+    result: dict[str, Any],
+    spent: Callable[[], bool],
+) -> None:
+    """Fill the cells that are missing until the time is spent; one with a wrong result is left out."""
+    path = options.out.with_name(f"{options.out.name}.json")
+    done = {(cell["n"], cell["k"], cell["m"], cell["dtype"]) for cell in result["cells"]}
+    for n, k in options.shapes:
+        missing = [m for m in options.m if (n, k, m, options.dtype) not in done]
+        if not missing or spent():
+            continue
+        shape = Shape(kernels, peers, gpu, n, k, options.dtype, max(missing))
+        for m in missing:
+            if spent():
+                break
+            start = time.monotonic()
+            cell = shape.cell(m, result["environment"]["ceilings"])
+            cell["seconds"] = round(time.monotonic() - start, 2)
+            print(line(cell), flush=True)
+            if right(cell):
+                result["cells"].append(cell)
+                save(path, result)
+        del shape
+        torch.cuda.empty_cache()
+    result["environment"]["clocks_at_the_end"] = clocks()
+
+
+def right(cell: Mapping[str, Any]) -> bool:
+    """Whether what was timed computed the product; says so if not."""
+    errors = cell["errors"]
+    wrong = [name for name in ("ours", "ours_pdl") if not errors[name] <= LIMITS[cell["dtype"]]]
+    for name in wrong:
+        print(
+            f"WRONG: {name}, {cell[name]['key']}, is off by {errors[name]:.1e}", file=sys.stderr, flush=True
+        )
+    return not wrong
+
+
+def line(cell: Mapping[str, Any]) -> str:
+    """One cell for the terminal."""
+    dense, peer, ours, chain = (cell[kind] for kind in ("dense", "cusparselt", "ours", "ours_pdl"))
+    floor = cell["floor_us"] / ours["us"]
+    return (
+        f"{cell['n']:5d}x{cell['k']:<5d} M {cell['m']:4d}  dense {dense['us']:8.2f}  cslt {peer['us']:8.2f}"
+        f"  ours {ours['us']:8.2f} x{dense['us'] / ours['us']:.2f} / {peer['us'] / ours['us']:.2f}"
+        f"  pdl {chain['us']:8.2f} x{dense['us'] / chain['us']:.2f}  floor {floor:4.0%}"
+        f"  {ours['key']} {chain['key']}  {cell['seconds']:.1f} s"
+    )
+
+
+def resume(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The earlier result, if it is of this GPU and this library; this run is added to its environments.
+
+    Raises:
+        EsparseError: it is not.
+    """
+    earlier = json.loads(path.read_text())
+    mine, theirs = fresh["environment"], earlier["environment"]
+    for name in ("device", "library", "versions"):
+        if mine[name] != theirs[name]:
+            raise EsparseError(
+                f"the earlier run had {name} {theirs[name]}, this one has {mine[name]}",
+                where=path,
+                fix="leave out --resume, or name another file with --out",
+            )
+    return earlier
+
+
+def save(path: Path, result: Mapping[str, Any]) -> None:
+    """Write the JSON file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(result, indent=1))
+    temporary.replace(path)
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="results, without suffix: .json, .md and .svg are added"
+    )
+    parser.add_argument("--shapes", nargs="*", metavar="NxK", help="default: of all models in shapes.py")
+    parser.add_argument("--m", type=int, nargs="*", default=list(TOKENS), help="numbers of tokens")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--resume", action="store_true", help="add to the results that are there")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=float("inf"), help="start no cell after that time"
+    )
+    options = parser.parse_args()
+    texts = options.shapes or [f"{n}x{k}" for n, k in names()]
+    options.shapes = [tuple(int(size) for size in text.split("x")) for text in texts]
+    return options
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except EsparseError as error:
+        sys.exit(f"error: {error}")

@@ -1,3 +1,0 @@
-#include "candidate.h"
-
-void esparse::add_cutlass(Candidates&) {}

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "wgmma.cuh"
+
+namespace esparse::wgmma {
+
+template <int kWarpgroups, int kBlocks, int kTokens>
+Kernel kernel() {
+  using Fp16 = Tile<__half, kWarpgroups, kBlocks, kTokens>;
+  using Bf16 = Tile<__nv_bfloat16, kWarpgroups, kBlocks, kTokens>;
+  return {Fp16::kRows,
+          kTokens,
+          kWarpgroups,
+          Fp16::kLight,
+          reinterpret_cast<const void*>(gemm<Fp16>),
+          reinterpret_cast<const void*>(gemm<Bf16>)};
+}
+
+}  // namespace esparse::wgmma
