@@ -11,6 +11,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <string>
@@ -30,9 +31,9 @@
 
 namespace esparse {
 
-// Two warpgroups share a tile (cooperative) or alternate between tiles (pingpong, which hides the epilogue).
-// Stream-K is cooperative and splits the K of tiles that do not fill the GPU.
-enum class CutlassKind { kCooperative, kPingpong, kStreamK };
+// Two warpgroups share a tile; stream-K splits the K of tiles that do not fill the GPU. Not here, as they won nowhere
+// on an H100: pingpong (a warpgroup a tile) by more than noise, clusters of 2x2, tokens in tiles of 96 and 256.
+enum class CutlassKind { kCooperative, kStreamK };
 
 // How the tiles of one launch are dealt out to CTAs.
 struct CutlassSchedule {
@@ -43,7 +44,7 @@ struct CutlassSchedule {
 
 template <typename Element, int kTileN, int kTileM, int kClusterN, int kClusterM, CutlassKind kKind>
 struct CutlassGemm {
-  static constexpr bool kStreamK = kKind == CutlassKind::kStreamK, kPingpong = kKind == CutlassKind::kPingpong;
+  static constexpr bool kStreamK = kKind == CutlassKind::kStreamK;
   using Tile = cute::Shape<cute::Int<kTileN>, cute::Int<kTileM>, cute::Int<kTileK>>;
   using Cluster = cute::Shape<cute::Int<kClusterN>, cute::Int<kClusterM>, cute::_1>;
 
@@ -56,16 +57,12 @@ struct CutlassGemm {
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::ColumnMajor, 8, Element,
-      cutlass::layout::ColumnMajor, 8,
-      cute::conditional_t<kPingpong, cutlass::epilogue::TmaWarpSpecialized,
-                          cutlass::epilogue::TmaWarpSpecializedCooperative>,
-      AddBias>::CollectiveOp;
+      cutlass::layout::ColumnMajor, 8, cutlass::epilogue::TmaWarpSpecializedCooperative, AddBias>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, cutlass::layout::RowMajor, 8, Element,
       cutlass::layout::ColumnMajor, 8, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
-      cute::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
-                          cutlass::gemm::KernelTmaWarpSpecializedCooperative>>::CollectiveOp;
+      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<
       cute::Shape<int, int, int, int>, Mainloop, Epilogue,
       cute::conditional_t<kStreamK, cutlass::gemm::StreamKScheduler, cutlass::gemm::PersistentScheduler>>;
@@ -144,11 +141,10 @@ class Cutlass final : public Candidate {
  public:
   explicit Cutlass(const CutlassSchedule& schedule) : schedule_(schedule) {}
 
-  // cutlass_256x128_c21_w2n: tile (rows x tokens), cluster, swizzle and order; _s4n: splits and order.
+  // cutlass_256x128_c21_w2n: tile (rows x tokens), cluster, swizzle, order; cutlass_128x64_streamk_c11_s4n: splits.
   std::string name() const override {
     const auto number = [](int n) { return std::to_string(n); };
     std::string name = "cutlass_" + number(kTileN) + "x" + number(kTileM);
-    if (kKind == CutlassKind::kPingpong) name += "_pingpong";
     if (kKind == CutlassKind::kStreamK) name += "_streamk";
     name += "_c" + number(kClusterN) + number(kClusterM);
     name += kKind == CutlassKind::kStreamK ? "_s" + number(schedule_.splits) : "_w" + number(schedule_.swizzle);

@@ -32,6 +32,11 @@ __device__ inline uint64_t createpolicy_evict_first() {
 }
 
 // `bytes` (0 or 16) are read, the rest of the 16 is zero. Bypasses L1; L2 fetches 256 bytes around it.
+__device__ inline void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// The same under a policy for L2.
 __device__ inline void cp_async_16(uint32_t to, const void* from, uint32_t bytes, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
                "r"(bytes), "l"(policy)

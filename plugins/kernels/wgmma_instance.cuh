@@ -4,6 +4,7 @@
 
 namespace esparse::wgmma {
 
+// The compiled tile of kWarpgroups x kBlocks x 64 rows and kTokens tokens, in both types.
 template <int kWarpgroups, int kBlocks, int kTokens>
 Kernel kernel() {
   using Fp16 = Tile<__half, kWarpgroups, kBlocks, kTokens>;

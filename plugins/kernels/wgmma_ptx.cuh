@@ -1,4 +1,5 @@
-// PTX instructions of the sm_90a GEMM, one a wrapper, beside those of ptx.cuh: tensor copies, cluster barriers, wgmma.sp.
+// PTX instructions of the sm_90a GEMM, one a wrapper, beside those of ptx.cuh: tensor copies, cluster barriers,
+// wgmma.sp.
 #pragma once
 
 #include <cuda.h>
@@ -9,10 +10,6 @@ namespace esparse::ptx {
 
 // ---- Tensor copies. `barrier` counts the bytes that arrive in this CTA, `policy` is L2's, as from
 // createpolicy.
-
-__device__ inline void prefetch_tensormap(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 
 __device__ inline void cp_async_bulk_tensor_2d(uint32_t to, const CUtensorMap* map, int c0, int c1, uint32_t barrier,
                                                uint64_t policy) {
@@ -74,18 +71,18 @@ __device__ inline uint32_t cluster_ctarank() {
   return rank;
 }
 
-// `barrier` may lie in another CTA of the cluster (an address from mapa). Orders nothing but what this thread waited for:
-// with .release.cluster it would become a fence of the whole GPU.
+// `barrier` may lie in another CTA of the cluster (an address from mapa). Orders nothing but what this thread waited
+// for: with .release.cluster it would become a fence of the whole GPU.
 __device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // 16 bytes into another CTA's shared memory, counted by a barrier there.
 __device__ inline void st_async_v4(uint32_t to, float a, float b, float c, float d, uint32_t barrier) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                   to),
-               "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
+      : "memory");
 }
 
 __device__ inline void bar_sync(int barrier, int threads) {
@@ -138,16 +135,16 @@ struct Wgmma;
 #define ESPARSE_LIST_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define ESPARSE_LIST_16 ESPARSE_LIST_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define ESPARSE_LIST_32 ESPARSE_LIST_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define ESPARSE_LIST_64                                                                                    \
-  ESPARSE_LIST_32                                                                                          \
+#define ESPARSE_LIST_64                                                                                      \
+  ESPARSE_LIST_32                                                                                            \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57" \
   ",%58,%59,%60,%61,%62,%63"
-#define ESPARSE_LIST_96                                                                                    \
-  ESPARSE_LIST_64                                                                                          \
+#define ESPARSE_LIST_96                                                                                      \
+  ESPARSE_LIST_64                                                                                            \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89" \
   ",%90,%91,%92,%93,%94,%95"
-#define ESPARSE_LIST_128                                                                            \
-  ESPARSE_LIST_96                                                                                   \
+#define ESPARSE_LIST_128                                                                             \
+  ESPARSE_LIST_96                                                                                    \
   ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115" \
   ",%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
@@ -161,20 +158,21 @@ struct Wgmma;
 
 // `a`, `b`: descriptors (see wgmma.cuh); `A` .. `S`: the numbers of the operands that follow the sums. Lanes with
 // lane % 4 in {2 kSelector, 2 kSelector + 1} supply the metadata; nothing is negated or transposed.
-#define ESPARSE_WGMMA(T, NAME, TOKENS, SUMS, A, B, E, S)                                                             \
-  template <>                                                                                                        \
-  struct Wgmma<T, TOKENS> {                                                                                          \
-    template <int kSelector>                                                                                         \
-    __device__ static void add(float (&sum)[SUMS], uint64_t a, uint64_t b, uint32_t metadata) {                      \
-      asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                                        \
-                   "wgmma.mma_async.sp.sync.aligned.m64n" #TOKENS "k32.f32." NAME "." NAME " {" ESPARSE_LIST_##SUMS  \
-                   "}, " A ", " B ", " E ", " S ", p, 1, 1, 0, 0;\n}"                                                    \
-                   : ESPARSE_SUM_##SUMS(0)                                                                           \
-                   : "l"(a), "l"(b), "r"(metadata), "n"(kSelector));                                                                 \
-    }                                                                                                                \
+#define ESPARSE_WGMMA(T, NAME, TOKENS, SUMS, A, B, E, S)                                                   \
+  template <>                                                                                              \
+  struct Wgmma<T, TOKENS> {                                                                                \
+    template <int kSelector>                                                                               \
+    __device__ static void add(float (&sum)[SUMS], uint64_t a, uint64_t b, uint32_t metadata) {            \
+      asm volatile(                                                                                        \
+          "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                                       \
+          "wgmma.mma_async.sp.sync.aligned.m64n" #TOKENS "k32.f32." NAME "." NAME " {" ESPARSE_LIST_##SUMS \
+          "}, " A ", " B ", " E ", " S ", p, 1, 1, 0, 0;\n}"                                               \
+          : ESPARSE_SUM_##SUMS(0)                                                                          \
+          : "l"(a), "l"(b), "r"(metadata), "n"(kSelector));                                                \
+    }                                                                                                      \
   };
-#define ESPARSE_WGMMA_TYPES(TOKENS, SUMS, A, B, E, S)            \
-  ESPARSE_WGMMA(__half, "f16", TOKENS, SUMS, A, B, E, S)         \
+#define ESPARSE_WGMMA_TYPES(TOKENS, SUMS, A, B, E, S)    \
+  ESPARSE_WGMMA(__half, "f16", TOKENS, SUMS, A, B, E, S) \
   ESPARSE_WGMMA(__nv_bfloat16, "bf16", TOKENS, SUMS, A, B, E, S)
 
 ESPARSE_WGMMA_TYPES(16, 8, "%8", "%9", "%10", "%11")

@@ -42,8 +42,8 @@ PERMUTATIONS: dict[str, dict[str, Any]] = {
     "global": {"local": None},
     "global, local 256": {},
     "global, local full width": {"local": {"block": "full"}},
-    "global, assignment": {"local": None, "assign": 1},
 }
+ASSIGNMENT = {"local": None, "assign": 1}  # last: its solver runs on one CPU core for a minute and more
 UPDATES: dict[str, dict[str, Any]] = {
     "SparseGPT": {"sweep": "column", "refit": 0},
     "obs, group sweep": {"refit": 0},
@@ -85,24 +85,29 @@ def main() -> None:
         rows.append(
             {"what": what, "method": method, "seconds": round(seconds, 4), "peak_gib": round(peak, 2)}
         )
+        arguments.out.write_text(
+            json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1)
+        )
         print(f"{what:12} {method:36} {seconds:8.3f} s {peak:6.2f} GiB", flush=True)
 
     block = _block(device)
     for method in SCORES:
         measure("score, mask", method, lambda method=method: _masks(block, method))  # type: ignore[misc]
-    for method, changes in PERMUTATIONS.items():
-        section = PermuteSection.model_validate(changes)
-        measure("permutation", method, lambda section=section: _permutations(block, section))  # type: ignore[misc]
     for method, changes in UPDATES.items():
         settings = UpdateSection.model_validate({"method": "obs"} | changes)
         measure("update", method, lambda settings=settings: _update(block, settings))  # type: ignore[misc]
+    for method, changes in PERMUTATIONS.items():
+        section = PermuteSection.model_validate(changes)
+        measure("permutation", method, lambda section=section: _permutations(block, section))  # type: ignore[misc]
     block.clear()
     with tempfile.TemporaryDirectory() as folder:
         windows = _checkpoint(Path(folder), arguments.tokens)
         for method, changes in BLOCKS.items():
             whole = PruneSection.model_validate(changes)
             measure("whole block", method, lambda whole=whole: prune_model(Path(folder), windows, whole))  # type: ignore[misc]
-    arguments.out.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1))
+    block = _block(device)
+    section = PermuteSection.model_validate(ASSIGNMENT)
+    measure("permutation", "global, assignment", lambda: _permutations(block, section))
 
 
 def _block(device: torch.device) -> dict[str, tuple[Tensor, ChannelStatistics]]:
