@@ -22,7 +22,7 @@ from esparse_trt.graph import es24
 from esparse_trt.progress import note
 from esparse_trt.runtime.decode import Decoder
 from esparse_trt.runtime.linear import SparseLinear
-from esparse_trt.runtime.load import merge, pack_model
+from esparse_trt.runtime.load import fuse_norms, merge, pack_model
 from esparse_trt.sparsity.models import family_of, linear
 from esparse_trt.sparsity.pattern import Pattern, nm_mask
 
@@ -120,6 +120,8 @@ def random_pair(config: LlamaConfig, dtype: torch.dtype) -> tuple[PreTrainedMode
     linears = {name for name, module in sparse.named_modules() if isinstance(module, nn.Linear)}
     pack_model(sparse, {}, linears - {family.head}, "cuda")
     merge(dense)
+    for model in (dense, sparse):
+        fuse_norms(model)
     return dense, sparse
 
 
@@ -202,9 +204,10 @@ def _cell(models: dict[str, PreTrainedModel], batch: int, prompt: int, new_token
     decoders = {key: Decoder(model, batch, prompt + _ROUNDS * steps + 1) for key, model in models.items()}
     decode: dict[str, list[float]] = {key: [] for key in models}
     prefill: dict[str, list[float]] = {key: [] for key in models}
-    for decoder in decoders.values():  # warm up: allocations, lazy initialisation, the capture
+    for decoder in decoders.values():
+        decoder.capture_prefill(ids)
         decoder.prefill(ids)
-        decoder.step()
+        decoder.step()  # captures itself
     for _ in range(_ROUNDS):
         for key, decoder in decoders.items():
             prefill[key] += _times(lambda decoder=decoder: decoder.prefill(ids), 2)

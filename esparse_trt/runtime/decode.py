@@ -1,4 +1,4 @@
-"""Greedy generation with a static KV cache, its decode step captured once as a CUDA graph.
+"""Greedy generation with a static KV cache, its decode step (and prefill, if asked) captured as CUDA graphs.
 
 A captured step runs without Python and without launch gaps, which is how an inference server runs it: what is
 left is the time of the kernels.
@@ -6,14 +6,13 @@ left is the time of the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-_WARM_UP = 3  # eager steps before the capture: lazy initialisation must not be captured
+_WARM_UP = 2  # eager runs before a capture: lazy initialisation must not be captured
 
 
 class Decoder:
@@ -35,17 +34,29 @@ class Decoder:
         self.cache = StaticCache(config=model.config, max_cache_len=max_length)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._length = 0
         self._max_length = max_length
+        self._length = 0
+        self._step: torch.cuda.CUDAGraph | None = None
+        self._prefills: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.no_grad()
     def prefill(self, prompts: Tensor) -> Tensor:
         """Read prompts [batch, length] from an empty cache; returns the first new tokens [batch, 1]."""
-        self.cache.reset()
-        self._length = 0
-        self._forward(prompts)
+        self._rewind(0)
+        if prompts.shape[1] in self._prefills:
+            graph, ids = self._prefills[prompts.shape[1]]
+            ids.copy_(prompts)
+            graph.replay()
+            self._length = prompts.shape[1]
+        else:
+            self._forward(prompts)
         return self.tokens
+
+    @torch.no_grad()
+    def capture_prefill(self, prompts: Tensor) -> None:
+        """Let `prefill` replay a CUDA graph for prompts of this shape; it holds its activations."""
+        ids = prompts.clone()
+        self._prefills[ids.shape[1]] = self._capture(lambda: self._forward(ids), start=0), ids
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -53,10 +64,12 @@ class Decoder:
         if self.device.type != "cuda":
             self._forward(self.tokens)
             return self.tokens
-        if self._graph is None:
-            self._capture()
         self._require_room(1)
-        self._graph.replay()  # type: ignore[union-attr]
+        if self._step is None:
+            tokens = self.tokens.clone()
+            self._step = self._capture(lambda: self._forward(self.tokens), start=self._length)
+            self.tokens.copy_(tokens)
+        self._step.replay()
         self._length += 1
         return self.tokens
 
@@ -73,36 +86,27 @@ class Decoder:
         if self._length + new > self._max_length:
             raise ValueError(f"the cache holds {self._max_length} tokens, {self._length + new} are needed")
 
-    def _capture(self) -> None:
-        """Capture a step. Warming up and capturing leave cache and tokens as they were."""
-        with self._unchanged():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP):
-                    self._rewind()
-                    self._forward(self.tokens)
-                self._rewind()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._forward(self.tokens)
+    def _capture(self, forward: Callable[[], None], start: int) -> torch.cuda.CUDAGraph:
+        """A graph of `forward`, which the cache's length is set back to `start` for, before and after."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self._rewind(start)
+                forward()
+            self._rewind(start)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            forward()
+        self._rewind(start)
+        return graph
 
-    def _rewind(self) -> None:
-        """Let the next step write the slot that the last one wrote: a warm-up needs no room of its own."""
+    def _rewind(self, length: int) -> None:
+        """Forget what the cache holds behind `length` tokens: it is masked, and overwritten."""
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self._start)  # type: ignore[union-attr]
-        self._length = self._start
-
-    @contextmanager
-    def _unchanged(self) -> Iterator[None]:
-        self._start = self._length
-        tokens, logits = self.tokens.clone(), None if self.logits is None else self.logits.clone()
-        yield
-        self._rewind()
-        self.tokens.copy_(tokens)
-        if logits is not None and self.logits is not None:
-            self.logits.copy_(logits)
+            layer.cumulative_length.fill_(length)  # type: ignore[union-attr]
+        self._length = length
 
 
 @torch.no_grad()

@@ -57,8 +57,7 @@ class Shape:
         self.layer = Layer(kernels, gpu, n, k, dtype, rows=max(rows, *PADDED))
         self.operands: Operands = self.layer.operands
         self.peers = peers
-        self.compressed: list[torch.Tensor] = []
-        self.searched: dict[int, tuple[Sparse, dict[str, int]]] = {}
+        self.searched: dict[int, tuple[Sparse, list[torch.Tensor], dict[str, int]]] = {}
 
     def cell(self, m: int, ceilings: Mapping[str, float]) -> dict[str, Any]:
         """Time everything at M = m."""
@@ -74,7 +73,7 @@ class Shape:
             replays = {
                 "dense": lambda i: self.replay(m, dense.run(i), self.operands.dense, graph_us),
                 "cusparselt": lambda size: self.replay(
-                    size, peers[size][0].run(self.compressed), self.compressed, graph_us
+                    size, peers[size][0].run(peers[size][1]), peers[size][1], graph_us
                 ),
                 "ours": lambda name: self.layer.replay(m, name, graph_us=graph_us),
                 "ours_pdl": lambda name: self.layer.replay(m, name, programmatic=True, graph_us=graph_us),
@@ -96,8 +95,10 @@ class Shape:
             timing.GRAPH_US, budget_us=FINAL_BUDGET_US, warm_us=WARM_US,
         )  # fmt: skip
         fastest = _fastest(final)
-        sparse, searched = peers[fastest["cusparselt"]["key"]]
+        sparse, weights, searched = peers[fastest["cusparselt"]["key"]]
         floors = floor_us(m, self.operands.n, self.operands.k, ceilings)
+        for size in set(padded) - set(PADDED):
+            del self.searched[size]  # no other cell needs these copies of the weights
         return {
             "n": self.operands.n,
             "k": self.operands.k,
@@ -107,29 +108,33 @@ class Shape:
             "cusparselt": {**fastest["cusparselt"], **searched},
             "floor_us": max(floors.values()),
             "bound": max(floors, key=lambda name: floors[name]),
-            "errors": self.errors(m, fastest, dense, sparse),
+            "errors": self.errors(m, fastest, dense, sparse.run(weights)),
             "candidates": {name: round(ours[name], 3) for name in ranked[:RETRIED]},
         }
 
-    def sparse(self, m: int) -> tuple[Sparse, dict[str, int]]:
-        """cuSPARSELt's plan at M = m after its search, which runs once."""
+    def sparse(self, m: int) -> tuple[Sparse, list[torch.Tensor], dict[str, int]]:
+        """cuSPARSELt's plan at M = m, its weights, and what its search, which runs once, has chosen.
+
+        Every plan compresses for itself: a search over weights of another plan failed with an
+        illegal instruction (cuSPARSELt 0.8).
+        """
         if m not in self.searched:
             plan = Sparse(self.peers, self.operands, m)
-            self.compressed = self.compressed or plan.compress()
-            self.searched[m] = plan, plan.search(self.compressed)
+            weights = plan.compress()
+            self.searched[m] = plan, weights, plan.search(weights)
         return self.searched[m]
 
     def replay(self, m: int, launch: Launch, copies: Sequence[Any], graph_us: float) -> timing.Replay:
         """A graph of a peer's launches."""
         return self.operands.replay(m, launch, len(copies), graph_us=graph_us)
 
-    def errors(self, m: int, fastest: Mapping[str, Any], dense: Dense, sparse: Sparse) -> dict[str, float]:
+    def errors(self, m: int, fastest: Mapping[str, Any], dense: Dense, peer: Launch) -> dict[str, float]:
         """Relative L2 distances: of ours and cuSPARSELt to dense; of programmatic launch to none."""
         kernels, chained = self.layer.kernels, fastest["ours_pdl"]["key"]
         expected = self._chain(m, dense.run(fastest["dense"]["key"]), 1)
         found = {
             "ours": self.operands.run_sparse(kernels, m, fastest["ours"]["key"]),
-            "cusparselt": sparse.run(self.compressed),
+            "cusparselt": peer,
         }
         errors = {name: _distance(self._chain(m, launch, 1), expected) for name, launch in found.items()}
         plain, programmatic = (

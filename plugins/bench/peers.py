@@ -86,7 +86,7 @@ class Sparse:
         self._scratch = torch.empty(max(1, scratch.value), dtype=torch.uint8, device="cuda")
 
     def compress(self) -> list[Tensor]:
-        """The weights in the library's own format, as many copies as ours has; one serves every M."""
+        """The weights in the library's own format, as many copies as ours has."""
         first = torch.empty(self._bytes.value, dtype=torch.uint8, device="cuda")
         dense = self.operands.dense[0]
         self.peers.call("sparse_compress", self._plan, *_addresses(dense, first, self._scratch), _stream())
