@@ -73,7 +73,15 @@ def test_the_table_of_recipes_is_complete():
     assert {name for name in re.findall(r"\(recipes/([\w.-]+)\.yaml\)", README)} == shipped
 
 
-@pytest.mark.parametrize("model", ["quickstart", "qwen2.5-coder-0.5b"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "quickstart",
+        "quickstart-updates",
+        "qwen2.5-coder-0.5b",
+        "qwen2.5-coder-0.5b-updates",
+    ],
+)
 def test_the_tables_are_what_was_measured(model: str):
     table = Ablation.model_validate_json(
         (ROOT / "recipes" / "results" / f"ablation-{model}.json").read_text()
