@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from esparse_trt.errors import EsparseError
+
 _WARM_UP = 2  # eager runs before a capture: lazy initialisation must not be captured
 
 
@@ -23,6 +25,9 @@ class Decoder:
         batch: number of sequences.
         max_length: longest sequence, prompt included, that the cache holds.
 
+    Raises:
+        EsparseError: a layer has sliding-window attention.
+
     Attributes:
         tokens: int64 [batch, 1], the last tokens; `step` reads and overwrites them.
         logits: [batch, vocabulary], of the last position.
@@ -32,6 +37,13 @@ class Decoder:
         self.model = model
         self.device = model.device
         self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        if any(self.cache.is_sliding):
+            raise EsparseError(
+                f"{sum(self.cache.is_sliding)} of {len(self.cache.layers)} layers have sliding-window "
+                "attention, whose cache keeps its length in Python, out of reach of a CUDA graph",
+                where=f"model type {model.config.model_type}",
+                fix="use the model's own generate()",
+            )
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None
         self._max_length = max_length

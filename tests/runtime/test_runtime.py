@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph import es24
@@ -173,6 +173,15 @@ def test_generate_is_greedy(permuted_model) -> None:
     for _ in range(6):
         ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(generate(model, prompt, 6), ids[:, 5:])
+
+
+def test_sliding_windows_are_refused() -> None:
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=96, sliding_window=8,
+    )  # fmt: skip
+    with pytest.raises(EsparseError, match="1 of 1 layers have sliding-window attention"):
+        generate(MistralForCausalLM(config).eval(), torch.tensor([[1, 2]]), 2)
 
 
 def test_cache_overflow_is_refused(permuted_model) -> None:
