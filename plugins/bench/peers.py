@@ -1,4 +1,4 @@
-"""cuBLASLt and cuSPARSELt from Python, through peers.cpp."""
+"""cuBLASLt and cuSPARSELt from Python, through peers.cpp, and the kernel of read.cu."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ class Peers:
         """Call a function of the C ABI; its message becomes an EsparseError."""
         if error := getattr(self._lib, f"peers_{name}")(*arguments):
             raise EsparseError(error.decode(), where=f"peers_{name}")
+
+    def read(self, data: Tensor, sink: Tensor) -> None:
+        """Enqueue a kernel that does nothing but read the data."""
+        self.call("read", *_addresses(data), ctypes.c_size_t(data.nbytes), *_addresses(sink), _stream())
 
     def destroy(self, name: str, plan: ctypes.c_void_p) -> None:
         """Free a plan."""
@@ -86,11 +90,18 @@ class Sparse:
         self._scratch = torch.empty(max(1, scratch.value), dtype=torch.uint8, device="cuda")
 
     def compress(self) -> list[Tensor]:
-        """The weights in the library's own format, as many copies as ours has."""
-        first = torch.empty(self._bytes.value, dtype=torch.uint8, device="cuda")
-        dense = self.operands.dense[0]
-        self.peers.call("sparse_compress", self._plan, *_addresses(dense, first, self._scratch), _stream())
+        """The weights in the library's own format, as many copies as ours has.
+
+        `doubled` then holds twice the weights, to see that a launch reads the weights that it is given.
+        """
+        first = self._compressed(self.operands.dense[0])
+        self.doubled = self._compressed(2 * self.operands.dense[0])
         return [first, *(first.clone() for _ in self.operands.sparse[1:])]
+
+    def _compressed(self, dense: Tensor) -> Tensor:
+        out = torch.empty(self._bytes.value, dtype=torch.uint8, device="cuda")
+        self.peers.call("sparse_compress", self._plan, *_addresses(dense, out, self._scratch), _stream())
+        return out
 
     def search(self, weights: Sequence[Tensor]) -> dict[str, int]:
         """Choose the algorithm; returns its number and split-K."""
@@ -136,8 +147,8 @@ def _load() -> ctypes.CDLL:
             f"{LIBRARY} was not found in {', '.join(map(str, folders))}",
             fix="configure with -DESPARSE_BENCH=ON (it needs the headers of cuBLASLt and cuSPARSELt)",
         )
-    for name in ("open_dense", "open_sparse", "dense_create", "dense_run", "sparse_create", "sparse_compress",
-                 "sparse_search", "sparse_run"):  # fmt: skip
+    for name in ("read", "open_dense", "open_sparse", "dense_create", "dense_run", "sparse_create",
+                 "sparse_compress", "sparse_search", "sparse_run"):  # fmt: skip
         getattr(lib, f"peers_{name}").restype = ctypes.c_char_p
     return lib
 

@@ -6,9 +6,8 @@
 //
 //   t = fixed + waves (steps max(flop / rate, bytes / bandwidth) + tile + [split > 1] reduce),
 //
-// and no less than the time in which the weights arrive from memory. The constants of decode and wgmma are fitted to
-// times measured on an H100: on the 83 cells fitted, the choice takes 10 % longer than the best in the geometric mean,
-// 1.7 times as long at worst. Those of the other families are estimates.
+// and no less than the time in which the weights arrive from memory. The constants are fitted to times measured on an
+// H100 by plugins/bench/fit.py, which also says how good the choices are; those of ampere and reference are estimates.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -24,16 +23,18 @@ namespace {
 
 using esparse::ceil_div;
 
-// Of a family of kernels: nanoseconds; operations and bytes per nanosecond and multiprocessor.
+// Of the kernels whose names contain `part`, of several rows the last: nanoseconds; operations and bytes per nanosecond
+// and multiprocessor.
 struct Model {
-  const char* prefix;
+  const char* part;
   double fixed, rate, bandwidth, tile, reduce;
 };
 
 constexpr Model kModels[] = {
     {"decode_", 870, 6100, 38, 320, 800},
     {"wgmma_", 1780, 8600, 88, 2100, 1950},
-    {"cutlass_", 4000, 9500, 90, 1200, 1000},
+    {"cutlass_", 2760, 9820, 170, 1410, 1950},
+    {"_streamk_", 2310, 7940, 152, 1250, 8550},
     {"ampere_", 4000, 2500, 40, 1500, 0},
     {"reference", 4000, 50, 1, 0, 0},
 };
@@ -45,32 +46,39 @@ struct Tile {
   int rows = 128, tokens = 1, split = 1, per_sm = 1;
   int share_x = 1, share_w = 1;  // CTAs that fetch a tile of x, of W together
   bool stream_k = false;  // CTAs share out the steps evenly: waves need not be whole
+  bool rows_first = false;  // CUTLASS's order of tiles that is less often the faster one
 };
 
-int number_after(const std::string& name, const char* key, int otherwise) {
-  const size_t at = name.find(key);
-  int number = otherwise;
-  if (at != std::string::npos) std::sscanf(name.c_str() + at + std::strlen(key), "%d", &number);
+// The number behind `key` in a name, such as 2 behind "_s" in "cutlass_128x64_streamk_c11_s2m"; 1 where there is none.
+int number_after(const std::string& name, const std::string& key) {
+  int number = 1;
+  for (size_t at = name.find(key); at != std::string::npos; at = name.find(key, at + 1))
+    if (std::sscanf(name.c_str() + at + key.size(), "%d", &number) == 1) break;
   return number;
 }
 
 Tile parse(const std::string& name) {
   Tile tile;
   for (const Model& model : kModels)
-    if (name.rfind(model.prefix, 0) == 0) tile.model = &model;
+    if (name.find(model.part) != std::string::npos) tile.model = &model;
   if (name.rfind("decode_", 0) == 0) {
-    tile.rows = 16 * number_after(name, "_r", 1);
+    tile.rows = 16 * number_after(name, "_r");
     tile.tokens = 16;
   } else if (std::sscanf(name.c_str(), "%*[a-z]_n%dm%d", &tile.rows, &tile.tokens) != 2) {
     std::sscanf(name.c_str(), "%*[a-z]_%dx%d", &tile.rows, &tile.tokens);
   }
-  tile.split = number_after(name, "_s", 1);
-  tile.per_sm = number_after(name, "_o", 1);
+  tile.split = number_after(name, "_s");
+  tile.per_sm = number_after(name, "_o");
   if (name.rfind("wgmma_", 0) == 0) {
-    tile.share_x = number_after(name, "_x", 1);
-    tile.share_w = number_after(name, "_w", 1);
+    tile.share_x = number_after(name, "_x");
+    tile.share_w = number_after(name, "_w");
+  } else if (name.rfind("cutlass_", 0) == 0) {
+    const int cluster = number_after(name, "_c");  // two digits: along the rows, along the tokens
+    tile.share_x = cluster / 10;
+    tile.share_w = cluster % 10;
   }
-  tile.stream_k = name.find("_streamk") != std::string::npos;
+  tile.stream_k = name.find("_streamk_") != std::string::npos;
+  tile.rows_first = name.rfind("cutlass_", 0) == 0 && name.back() == 'n';
   return tile;
 }
 
@@ -95,7 +103,7 @@ double expected_ns(const esparse_gemm& p, const esparse_gpu& gpu, const Tile& ti
   const double step = std::max(flop / model.rate, bytes / model.bandwidth) * tile.per_sm;
   const double work = waves * (steps * step + model.tile + (tile.split > 1 ? model.reduce : 0));
   const double weights = 9. / 8 * static_cast<double>(p.n * p.k) / (kMemory * gpu.multiprocessors);
-  return model.fixed + std::max(work, weights + model.tile);
+  return (model.fixed + std::max(work, weights + model.tile)) * (tile.rows_first ? 1.001 : 1);
 }
 
 }  // namespace

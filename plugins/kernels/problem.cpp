@@ -36,9 +36,16 @@ esparse_status esparse_check(const esparse_gemm* p, esparse_message* message) {
   const struct {
     const char* name;
     const void* pointer;
-  } required[] = {{"x", p->x}, {"values", p->values}, {"metadata", p->metadata}, {"y", p->y}};
-  for (const auto& argument : required) {
-    if (!argument.pointer) return fail(message, ESPARSE_INVALID_ARGUMENT, "%s is null", argument.name);
+    bool required;
+  } arguments[] = {{"x", p->x, true},
+                   {"values", p->values, true},
+                   {"metadata", p->metadata, true},
+                   {"bias", p->bias, false},
+                   {"permutation", p->permutation, false},
+                   {"y", p->y, true}};
+  for (const auto& argument : arguments) {
+    if (argument.required && !argument.pointer)
+      return fail(message, ESPARSE_INVALID_ARGUMENT, "%s is null", argument.name);
     if (!aligned(argument.pointer))
       return fail(message, ESPARSE_INVALID_ARGUMENT, "%s is %p, must be 16-byte aligned", argument.name,
                   argument.pointer);

@@ -38,6 +38,11 @@ void test_arguments() {
   p = valid(), p.x = nullptr, expect(p, ESPARSE_INVALID_ARGUMENT, "x is null");
   p = valid(), p.y = buffer + 2, expect(p, ESPARSE_INVALID_ARGUMENT, "y is");
   p = valid(), p.metadata = nullptr, expect(p, ESPARSE_INVALID_ARGUMENT, "metadata is null");
+  p = valid(), p.bias = buffer, p.permutation = reinterpret_cast<const int32_t*>(buffer);
+  expect(p, ESPARSE_SUCCESS, "");
+  p = valid(), p.bias = buffer + 8, expect(p, ESPARSE_INVALID_ARGUMENT, "bias is");
+  p = valid(), p.permutation = reinterpret_cast<const int32_t*>(buffer + 4);
+  expect(p, ESPARSE_INVALID_ARGUMENT, "permutation is");
   // An invalid problem never reaches the device, so this needs no GPU.
   p = valid(), p.values = buffer + 8;
   REQUIRE(esparse_gemm_reference(&p, nullptr, nullptr) == ESPARSE_INVALID_ARGUMENT);

@@ -32,8 +32,8 @@ typedef struct {
   const void* x;              /* [M, K] row-major, 16-byte aligned */
   const void* values;         /* [N, K/2] row-major, 16-byte aligned */
   const int32_t* metadata;    /* esparse_metadata_words(n, k) words, 16-byte aligned */
-  const void* bias;           /* [N], or null */
-  const int32_t* permutation; /* [K], or null: column j of W reads x[:, permutation[j]] */
+  const void* bias;           /* [N], 16-byte aligned, or null */
+  const int32_t* permutation; /* [K], 16-byte aligned, or null: column j of W reads x[:, permutation[j]] */
   void* y;                    /* [M, N] row-major, 16-byte aligned */
 } esparse_gemm;
 
@@ -57,8 +57,9 @@ typedef struct {
   void* stream;           /* cudaStream_t */
   void* workspace;        /* esparse_workspace_bytes() bytes, 256-byte aligned; may be null when those are 0 */
   size_t workspace_bytes; /* what `workspace` holds */
-  int32_t programmatic;   /* nonzero: programmatic dependent launch. The kernel may start, and prefetch weights, before
-                             the previous kernel of the stream has ended; x, y and the workspace wait for its end. */
+  int32_t programmatic;   /* nonzero: programmatic dependent launch. The kernel may start, and read weights and bias,
+                             before the previous kernel of the stream has ended; x, y and the workspace wait for its
+                             end. */
 } esparse_launch;
 
 /* Kernels with their launch parameters are "candidates", numbered 0 .. count - 1. Numbers may change between versions

@@ -1,0 +1,220 @@
+"""Fit the constants of the kernels' heuristic (plugins/kernels/heuristic.cpp) to the figures of bench.py.
+
+    python plugins/bench/fit.py plugins/bench/results/h100_fp16.json
+
+prints how much longer than the best candidate the library's own choice takes over the cells of that file;
+then the rows of `kModels` as fitted and the same figure for them; and, to see whether they hold for layers
+that they were not fitted to, the figure of every second shape with the rows fitted to the others. It needs no
+GPU.
+
+The formula and its terms are those of heuristic.cpp. What counts is the candidate that it expects to be the
+fastest, so the fit minimises the mean logarithm of that one's measured time over the best one's, with a small
+weight on the error of the expected times, which leads the way where the choice does not change.
+
+bench.py stores the times of the faster candidates only. One that can run but has no time in a cell counts as
+UNLISTED times the slowest that has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esparse_trt.engine.kernels import Gpu, Kernels, Problem, load
+from esparse_trt.errors import EsparseError
+
+Floats = NDArray[np.float64]
+Cell = Mapping[str, Any]
+
+H100 = Gpu(90, 132)
+MODELS = {  # part of names, the last that fits -> fixed, rate, bandwidth, tile, reduce to start with
+    "decode_": (870, 6100, 38, 320, 800),
+    "wgmma_": (1780, 8600, 88, 2100, 1950),
+    "cutlass_": (2760, 9820, 170, 1410, 1950),
+    "_streamk_": (2310, 7940, 152, 1250, 8550),
+}
+MEMORY = 22.5  # bytes per nanosecond and multiprocessor
+TILE_K = 128
+UNLISTED = 1.2
+WEIGHT = 0.1  # of the mean squared error of the logarithm of expected times
+STEPS, SPREAD = 6000, 0.3  # of the search: random steps, and the size of the first in logarithms
+
+
+class Tile(NamedTuple):
+    """What a candidate's name says."""
+
+    family: int
+    rows: int
+    tokens: int
+    split: int = 1
+    per_sm: int = 1
+    share_x: int = 1
+    share_w: int = 1
+    stream_k: bool = False
+    rows_first: bool = False
+
+
+class Timed(NamedTuple):
+    """Candidates in cells, one entry a pair: `terms [pairs, 7]` are those that no constant enters."""
+
+    cell: NDArray[np.int64]
+    family: NDArray[np.int64]
+    terms: Floats
+    us: Floats
+    listed: NDArray[np.bool_]  # whether `us` was measured
+    best: Floats  # by cell
+
+
+def parse(name: str) -> Tile | None:
+    """The tile of a candidate; None if its family is not fitted."""
+    families = [i for i, part in enumerate(MODELS) if part in name]
+    if not families:
+        return None
+
+    def number(key: str) -> int:
+        found = re.search(rf"_{key}(\d+)", name)
+        return int(found[1]) if found else 1
+
+    if name.startswith("decode_"):
+        return Tile(families[-1], 16 * number("r"), 16, number("s"))
+    rows, tokens = map(int, re.findall(r"_n?(\d+)[mx](\d+)", name)[0])
+    cluster = re.search(r"_c(\d)(\d)", name)
+    share_x, share_w = map(int, cluster.groups()) if cluster else (number("x"), number("w"))
+    flags = ("_streamk_" in name, bool(cluster) and name.endswith("n"))
+    return Tile(families[-1], rows, tokens, number("s"), number("o"), share_x, share_w, *flags)
+
+
+def terms(tile: Tile, cell: Cell) -> list[float]:
+    """Waves, steps, operations and bytes of a step, whether K is split, nanoseconds for weights, a factor."""
+    n, k, m = cell["n"], cell["k"], cell["m"]
+    ctas = math.ceil(n / tile.rows) * math.ceil(m / tile.tokens) * tile.split
+    waves = ctas / (H100.multiprocessors * tile.per_sm)
+    waves = max(1.0, waves) if tile.stream_k else math.ceil(waves)
+    steps = math.ceil(math.ceil(k / TILE_K) / tile.split)
+    flop = 2.0 * TILE_K * tile.rows * tile.tokens
+    fetched = TILE_K * (9 / 8 * tile.rows / tile.share_w + 2.0 * tile.tokens / tile.share_x)
+    weights = 9 / 8 * n * k / (MEMORY * H100.multiprocessors)
+    factor = 1.001 if tile.rows_first else 1.0
+    return [waves, steps, tile.per_sm * flop, tile.per_sm * fetched, float(tile.split > 1), weights, factor]
+
+
+def timed(cells: Sequence[Cell]) -> Timed:
+    """What was measured, as arrays."""
+    pairs = [
+        (index, tile.family, terms(tile, cell), us, name in cell["listed"])
+        for index, cell in enumerate(cells)
+        for name, us in cell["candidates"].items()
+        if (tile := parse(name))
+    ]
+    cell, family, rows, us, listed = (np.array(column) for column in zip(*pairs, strict=True))
+    best = np.array([min(cell["candidates"].values()) for cell in cells])
+    return Timed(cell, family, rows, us, listed, best)
+
+
+def expected(constants: Floats, data: Timed) -> Floats:
+    """Nanoseconds that the formula expects, by pair; `constants [models, 5]`."""
+    fixed, rate, bandwidth, tile, reduce = constants[data.family].T
+    waves, steps, flop, fetched, split, weights, factor = data.terms.T
+    step = np.maximum(flop / rate, fetched / bandwidth)
+    return factor * (fixed + np.maximum(waves * (steps * step + tile + split * reduce), weights + tile))
+
+
+def ratios(times: Floats, data: Timed) -> Floats:
+    """By cell: measured time of the pair with the least `times` over that of the best."""
+    order = np.lexsort((times, data.cell))
+    cells, first = np.unique(data.cell[order], return_index=True)
+    return data.us[order[first]] / data.best[cells]
+
+
+def loss(constants: Floats, data: Timed) -> float:
+    """What is minimised."""
+    times = expected(constants, data)
+    error = np.log(times / 1000 / data.us)[data.listed]
+    return float(np.log(ratios(times, data)).mean() + WEIGHT * (error**2).mean())
+
+
+def fit(data: Timed, rows: Sequence[str]) -> Floats:
+    """The constants of some rows: a random search with shrinking steps, always of the same random numbers."""
+    random = np.random.default_rng(0)
+    best = np.array(list(MODELS.values()), dtype=np.float64)
+    free = np.array([[part in rows] for part in MODELS])
+    least = loss(best, data)
+    for step in range(STEPS):
+        size = SPREAD * (1 - step / STEPS) + 0.01
+        moved = free & (random.random(best.shape) < 0.3)
+        other = best * np.exp(size * random.standard_normal(best.shape) * moved)
+        if (now := loss(other, data)) < least:
+            best, least = other, now
+    return best
+
+
+def own_choice(kernels: Kernels, cells: Sequence[Cell]) -> Floats:
+    """What the library's heuristic costs, by cell."""
+    found = []
+    for cell in cells:
+        times = cell["candidates"]
+        name = kernels.default(Problem(cell["m"], cell["n"], cell["k"], cell["dtype"]), H100)
+        found.append(times.get(name, max(times.values())) / min(times.values()))
+    return np.array(found)
+
+
+def summary(found: Floats) -> str:
+    """Geometric mean and worst of ratios."""
+    mean = math.exp(np.log(found).mean())
+    return f"{mean:.3f} times the best in the geometric mean, {found.max():.2f} at worst, {len(found)} cells"
+
+
+def read(path: Path, kernels: Kernels) -> list[Cell]:
+    """The cells, each with all candidates of the library that can run it.
+
+    Raises:
+        EsparseError: there are none.
+    """
+    found = []
+    for cell in json.loads(path.read_text())["cells"]:
+        listed = {name: us for name, us in cell["candidates"].items() if name in kernels.candidates}
+        if listed:
+            slow = UNLISTED * max(listed.values())
+            able = kernels.supporting(Problem(cell["m"], cell["n"], cell["k"], cell["dtype"]), H100)
+            times = {name: listed.get(name, slow) for name in able}
+            found.append({**cell, "candidates": times, "listed": set(listed)})
+    if not found:
+        raise EsparseError("no cell names a candidate of this library", where=path, fix="run bench.py again")
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="JSON file of bench.py")
+    parser.add_argument("--rows", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    options = parser.parse_args()
+    kernels = load()
+    cells = read(options.results, kernels)
+    print(f"the library's choice: {summary(own_choice(kernels, cells))}")
+
+    data = timed(cells)
+    constants = fit(data, options.rows)
+    print(f"fitted: {summary(ratios(expected(constants, data), data))}")
+    for part, row in zip(MODELS, constants, strict=True):
+        print(f'    {{"{part}", {", ".join(f"{value:.0f}" for value in row)}}},')
+
+    shapes = sorted({(cell["n"], cell["k"]) for cell in cells})
+    halves = ([c for c in cells if (c["n"], c["k"]) in shapes[first::2]] for first in (0, 1))
+    seen, unseen = (timed(half) for half in halves)
+    others = ratios(expected(fit(seen, options.rows), unseen), unseen)
+    print(f"fitted to every second shape, on the others: {summary(others)}")
+
+
+if __name__ == "__main__":
+    main()
