@@ -60,12 +60,13 @@ def build_engines(
             runnable=False, not_runnable="there is no engine",
         )  # fmt: skip
     profiles = {name: input_ranges(exported.inputs, profile) for name, profile in section.profiles.items()}
-    source = choose_source(section, folder, exported, packed, choice.flavour)
+    source = choose_source(recipe, folder, exported, packed, choice.flavour)
     dense = None
     if section.dense:
         plain = Source(folder.dense_onnx, None, [], None)
         dense = _build_one(folder, plain, folder.dense_plan, profiles, section, choice, False)
-    sparse = _build_one(folder, source, folder.sparse_plan, profiles, section, choice, section.sparse_weights)
+    native = section.sparse_gemm != "dense"
+    sparse = _build_one(folder, source, folder.sparse_plan, profiles, section, choice, native)
     not_runnable = why_not_runnable(folder.sparse_plan, choice.flavour, section)
     if not_runnable:
         note(f"engines are not run here: {not_runnable}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +27,8 @@ class EngineRunner:
     """A TensorRT engine as a function from named arrays to named arrays.
 
     Every call picks the optimisation profile that holds the shapes of its inputs, the tightest one if
-    several do, so that a decode step runs the kernels chosen for decoding. Not for measuring speed: inputs
-    and outputs are copied between host and device at every call.
+    several do, so that a decode step runs the kernels chosen for decoding. A call copies inputs and outputs
+    between host and device; `seconds` measures without that.
 
     Args:
         plan: the serialised engine; the plugin that it was built with must be registered (`plugin.load`).
@@ -57,13 +58,29 @@ class EngineRunner:
         Raises:
             EsparseError: no profile holds these shapes, or the engine failed.
         """
-        index = self._profile_for({name: feed[name].shape for name in self.inputs})
-        if index != self._profile:
-            self._try("switch the profile of", lambda: self._runner.set_profile(index))
-            self._profile = index
-        given = {name: feed[name] for name in self.inputs}
+        given = self._select_profile(feed)
         outputs = self._try("run", lambda: self._runner.infer(given))
         return {name: np.array(value) for name, value in outputs.items()}  # Polygraphy reuses its buffers
+
+    def seconds(self, feed: dict[str, Any], repeats: int) -> list[float]:
+        """Wall time of each of some runs until the device is done, outputs left where they are.
+
+        Args:
+            feed: torch tensors, where the engine wants them: on the GPU, or it copies them at every run.
+            repeats: how many runs.
+
+        Raises:
+            EsparseError: as of a call.
+        """
+        given = self._select_profile(feed)
+        found = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            self._try(
+                "run", lambda: self._runner.infer(given, check_inputs=False, copy_outputs_to_host=False)
+            )
+            found.append(time.perf_counter() - start)
+        return found
 
     def smallest_feed(self) -> dict[str, np.ndarray]:
         """Zeros in the smallest shapes of the first profile: token 0 at position 0."""
@@ -94,6 +111,14 @@ class EngineRunner:
                 {n: (tuple(low), tuple(best), tuple(high)) for n, (low, best, high) in shapes.items()}
             )
         return types, profiles
+
+    def _select_profile(self, feed: dict[str, Any]) -> dict[str, Any]:
+        """Switch to the profile that holds the inputs; returns those that the engine reads."""
+        index = self._profile_for({name: tuple(feed[name].shape) for name in self.inputs})
+        if index != self._profile:
+            self._try("switch the profile of", lambda: self._runner.set_profile(index))
+            self._profile = index
+        return {name: feed[name] for name in self.inputs}
 
     def _profile_for(self, shapes: dict[str, tuple[int, ...]]) -> int:
         index = choose_profile(shapes, self.profiles)

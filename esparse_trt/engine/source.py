@@ -1,25 +1,25 @@
 """What the sparse engine is built from: `engine.onnx` for the plugin, or `sparse.onnx`; and why.
 
-Sparse or dense is decided for each packed GEMM, once: its weights are never stored twice. Where the tuner has
-measured, a GEMM is left dense if nothing makes it faster at the optimum of the profiles; elsewhere it runs
-sparse, as it takes 0.5625 of the memory. Rows of the tuner's table go into the engine as a node's `choices`.
+`engine.choice` decides for each packed GEMM by the tuner's table and the recipe's traffic. Rows of the table
+go into the engine as a node's `choices`. What stays out of the plugin is left to TensorRT's own kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from esparse_trt.artifacts import BuildDir
 from esparse_trt.engine import flavour as flavours
 from esparse_trt.engine import plugin as plugins
+from esparse_trt.engine.choice import Layer, choose
 from esparse_trt.engine.flavour import Flavour
-from esparse_trt.engine.table import Device, Table, choices, decide, default_path, usable_table
+from esparse_trt.engine.table import Device, default_path, usable_table
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph.pack import write_engine_model
 from esparse_trt.progress import note
-from esparse_trt.records import EngineLayer, ExportRecord, PackRecord, PluginRecord
+from esparse_trt.recipe import Recipe
+from esparse_trt.records import EngineLayer, ExportRecord, PackRecord, PluginRecord, Reason
 from esparse_trt.sections import EngineSection
 
 DTYPES = ("float16", "bfloat16")
@@ -36,7 +36,7 @@ class Source:
 
 
 def choose_source(
-    section: EngineSection,
+    recipe: Recipe,
     folder: BuildDir,
     exported: ExportRecord,
     packed: PackRecord | None,
@@ -45,31 +45,40 @@ def choose_source(
     """Decide, and write `engine.onnx` if the plugin is used; it is then registered with the flavour.
 
     Raises:
-        EsparseError: the recipe requires the plugin and it cannot be used; the recipe's tuning table is none.
+        EsparseError: the recipe asks for the plugin and it cannot be used; the recipe's tuning table is none.
     """
-    if section.plugin == "none":
-        return _without(section, folder, "the recipe sets engine.plugin: none")
-    if packed is None or not packed.gemms:
+    section = recipe.engine
+    layers = [Layer(gemm.name, gemm.shape) for gemm in packed.gemms] if packed else []
+    if section.sparse_gemm in ("native", "dense"):
+        chosen = choose(layers, None, recipe.traffic, wish=section.sparse_gemm, native=True)
+        return Source(
+            folder.sparse_onnx, None, chosen, f"the recipe sets engine.sparse_gemm: {section.sparse_gemm}"
+        )
+    if packed is None or not layers:
         return _without(section, folder, "no layer could be packed", "the record of stage `pack` says why")
     if exported.dtype not in DTYPES:
         reason = f"its kernels are for {' and '.join(DTYPES)}, the model is {exported.dtype}"
-        return _without(section, folder, reason, "set export.dtype: float16")
+        return _without(section, folder, reason, "set export.dtype: float16", layers)
     path = _table_path(section)
     try:
         plugin = plugins.load(flavour, section.plugin_library)
     except EsparseError as error:
         reason = f"{error.where}: {error.what}" if error.where else error.what
-        return _without(section, folder, reason, error.fix)
+        return _without(section, folder, reason, error.fix, layers)
     table = usable_table(path, plugin.kernel_set, _device()) if path else None
-    layers = _layers(section, exported, packed, table)
-    chosen = {layer.name: layer.choices or "" for layer in layers if layer.sparse}
-    if not chosen:
-        return _without(section, folder, f"dense is faster in every layer, by {path}", layers=layers)
+    chosen = choose(
+        layers, table, recipe.traffic, dtype=exported.dtype, wish=section.sparse_gemm, native=True
+    )  # fmt: skip
+    ours = {layer.name: layer.choices or "" for layer in chosen if layer.kernel == "plugin"}
+    if not ours:
+        reason = f"dense is faster in every layer, by {path}"
+        note(f"the sparse engine does not use the plugin: {reason}")
+        return Source(folder.sparse_onnx, None, chosen, reason)
     note(
-        f"{len(chosen)} of {len(layers)} packed GEMMs run in the plugin (kernels {plugin.kernel_set}), "
-        f"{sum(map(bool, chosen.values()))} by measured choices"
+        f"{len(ours)} of {len(layers)} packed GEMMs run in the plugin (kernels {plugin.kernel_set}), "
+        f"{sum(map(bool, ours.values()))} by measured choices"
     )
-    write_engine_model(folder, exported, packed, chosen)
+    write_engine_model(folder, exported, packed, ours)
     record = PluginRecord(
         library=str(plugin.path.resolve()),
         version=plugin.version,
@@ -77,39 +86,21 @@ def choose_source(
         kernel_set=plugin.kernel_set,
         table=str(path) if table is not None else None,
     )
-    return Source(folder.engine_onnx, record, layers, None)
+    return Source(folder.engine_onnx, record, chosen, None)
 
 
 def _without(
-    section: EngineSection,
-    folder: BuildDir,
-    reason: str,
-    fix: str | None = None,
-    layers: Sequence[EngineLayer] = (),
+    section: EngineSection, folder: BuildDir, reason: str, fix: str | None, layers: list[Layer] | None = None
 ) -> Source:
-    """The engine without the plugin, unless the recipe requires it."""
-    if section.plugin == "required":
-        raise EsparseError(reason, where="engine.plugin: required", fix=fix)
+    """The engine without the plugin, unless the recipe asks for it."""
+    if section.sparse_gemm == "plugin":
+        raise EsparseError(reason, where="engine.sparse_gemm: plugin", fix=fix)
     note(f"the sparse engine does not use the plugin: {reason}")
-    return Source(folder.sparse_onnx, None, list(layers), reason)
-
-
-def _layers(
-    section: EngineSection, exported: ExportRecord, packed: PackRecord, table: Table | None
-) -> list[EngineLayer]:
-    tokens = [profile.batch[1] * profile.sequence[1] for profile in section.profiles.values()]
-    layers = []
-    for gemm in packed.gemms:
-        decision = decide(table, *gemm.shape, exported.dtype, tokens)
-        layers.append(
-            EngineLayer(
-                name=gemm.name,
-                sparse=decision.sparse or section.plugin == "required",
-                choices=choices(table, *gemm.shape, exported.dtype),
-                reason=decision.reason,
-            )
-        )
-    return layers
+    left = [
+        EngineLayer(name=layer.name, kernel="native", code=Reason.no_plugin, reason=reason)
+        for layer in layers or []
+    ]
+    return Source(folder.sparse_onnx, None, left, reason)
 
 
 def _table_path(section: EngineSection) -> Path | None:

@@ -3,8 +3,13 @@
 A table is valid for one GPU and one set of kernels, which it names; it is not used for others. Row M serves
 every number of tokens above the previous row's up to M; above the last row the heuristic decides.
 
+Each row has the best kernel for either way of launching: `plain`, one after the other, as TensorRT runs our
+plugin, and `programmatic`, with programmatic dependent launch, as the PyTorch runtime does: a kernel then
+fetches its first weights while the one before it ends, and another candidate may be the fastest.
+
 What is not in a table is left to the library's static heuristic: the kernels are the same, the choice is less
-good.
+good. For some GPUs this package ships a table of well-known layers (`tables/`, from plugins/bench): where the
+user has none, the PyTorch runtime takes its choices and `estimate` its times.
 """
 
 from __future__ import annotations
@@ -13,19 +18,22 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from esparse_trt.errors import EsparseError
 from esparse_trt.progress import note
 
-SCHEMA = 1
+SCHEMA = 2
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096, 8192)
 TUNE = "run `esparse-trt tune RECIPE` on the GPU that will run the engine"
 
 Key = tuple[int, int, str, int]  # n, k, dtype, m
+Launch = Literal["plain", "programmatic"]
+LAUNCHES: tuple[Launch, ...] = ("plain", "programmatic")
 
 
 @dataclass(frozen=True)
@@ -45,39 +53,49 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The fastest kernel of a kind: microseconds per GEMM, median with 10th and 90th percentile."""
+
+    kernel: str
+    us: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
 class Row:
-    """The fastest candidate for m tokens, in microseconds per GEMM; and torch's dense product then."""
+    """What runs fastest for m tokens: our kernels by way of launching, and the dense product."""
 
     n: int
     k: int
     dtype: str
     m: int
-    candidate: str
-    us: float
-    p10: float
-    p90: float
-    dense_us: float
-    dense_p10: float
-    dense_p90: float
+    plain: Best
+    programmatic: Best
+    dense: Best
 
     @property
     def key(self) -> Key:
         """What the row is found by."""
         return self.n, self.k, self.dtype, self.m
 
-    @property
-    def speedup(self) -> float:
+    def sparse(self, launch: Launch) -> Best:
+        """Our fastest kernel, launched that way."""
+        return self.programmatic if launch == "programmatic" else self.plain
+
+    def speedup(self, launch: Launch = "plain") -> float:
         """Over dense."""
-        return self.dense_us / self.us
+        return self.dense.us / self.sparse(launch).us
 
 
 @dataclass
 class Table:
-    """Rows of one GPU and one set of kernels."""
+    """Rows of one GPU and one set of kernels, measured up to a day (ISO 8601)."""
 
     device: Device
     version: str
     kernel_set: str
+    date: str
     rows: dict[Key, Row] = field(default_factory=dict)
 
     def of_layer(self, n: int, k: int, dtype: str) -> list[Row]:
@@ -91,6 +109,7 @@ class Table:
             "device": asdict(self.device),
             "version": self.version,
             "kernel_set": self.kernel_set,
+            "date": self.date,
             "rows": [asdict(row) for _, row in sorted(self.rows.items())],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,12 +140,18 @@ def load_table(path: Path) -> Table:
                 where=path,
                 fix=fix,
             )
-        rows = [Row(**row) for row in content["rows"]]
+        rows = [_row(row) for row in content["rows"]]
         device = Device(**content["device"])
-        table = Table(device, content["version"], content["kernel_set"], {row.key: row for row in rows})
+        known = content["version"], content["kernel_set"], content["date"]
+        table = Table(device, *known, {row.key: row for row in rows})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EsparseError(f"not a tuning table: {error!r}", where=path, fix=fix) from error
     return table
+
+
+def _row(content: dict[str, Any]) -> Row:
+    best = {name: Best(**content[name]) for name in (*LAUNCHES, "dense")}
+    return Row(**{**content, **best})
 
 
 def why_foreign(table: Table, kernel_set: str, device: Device | None) -> str | None:
@@ -151,68 +176,65 @@ def usable_table(path: Path, kernel_set: str, device: Device | None) -> Table | 
         EsparseError: there is a file, but it is not a table.
     """
     if not path.is_file():
-        note(f"no tuning table at {path}: kernels are chosen by the static heuristic; {TUNE}")
+        note(
+            f"no tuning table at {path}: kernels are chosen by shipped times or the static heuristic; {TUNE}"
+        )
         return None
     table = load_table(path)
     if reason := why_foreign(table, kernel_set, device):
         note(
-            f"{path} is not used: {reason}. Kernels are chosen by the static heuristic; {TUNE}",
+            f"{path} is not used: {reason}. Shipped times or the static heuristic choose; {TUNE}",
             style="yellow",
         )
         return None
     return table
 
 
+def reference_table(device: Device) -> Table | None:
+    """The table that this package ships for a GPU, if any; its kernels may be an older set."""
+    for file in sorted((resources.files("esparse_trt.engine") / "tables").iterdir(), key=str):
+        with resources.as_file(file) as path:
+            table = load_table(path)
+        if table.device.same_gpu(device):
+            return table
+    return None
+
+
 # --- what it is used for -----------------------------------------------------------------------------------
 
 
-def choices(table: Table | None, n: int, k: int, dtype: str) -> str | None:
+def choices(table: Table | None, n: int, k: int, dtype: str, launch: Launch = "plain") -> str | None:
     """The plugin's field "1=name,2=name,..." for a layer, ascending; None where nothing was measured."""
     rows = table.of_layer(n, k, dtype) if table else []
-    return ",".join(f"{row.m}={row.candidate}" for row in rows) or None
+    return ",".join(f"{row.m}={row.sparse(launch).kernel}" for row in rows) or None
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Sparse or dense for one layer, once: weights are never stored twice.
-
-    Attributes:
-        sparse: whether it runs sparse.
-        code: faster, sparse wins at every number of tokens; mixed, at some of them, and the geometric mean of
-            the ratios decides; dense_faster, at none; not_measured, no row serves one of them.
-        reason: the same for people, with the figures.
-    """
-
-    sparse: bool
-    code: Literal["faster", "mixed", "dense_faster", "not_measured"]
-    reason: str
-
-
-def decide(table: Table | None, n: int, k: int, dtype: str, tokens: Iterable[int]) -> Decision:
-    """Whether a layer should run sparse at these numbers of tokens, those of the recipe's profiles.
-
-    A layer that was not measured runs sparse: it is smaller, and the static heuristic has a kernel for it.
-    """
-    rows = table.of_layer(n, k, dtype) if table else []
-    served = {m: _serving(rows, m) for m in sorted(set(tokens))}
-    if missing := [str(m) for m, row in served.items() if row is None]:
-        what = f"[{n}, {k}] was not measured at M = {', '.join(missing)}; {TUNE}"
-        return Decision(True, "not_measured", what)
-    found = {m: row for m, row in served.items() if row is not None}
-    text = "; ".join(
-        f"M = {m}: {row.us:.1f} us sparse, {row.dense_us:.1f} us dense (x{row.speedup:.2f})"
-        for m, row in found.items()
-    )
-    speedups = [row.speedup for row in found.values()]
-    if min(speedups) > 1:
-        return Decision(True, "faster", f"sparse is faster: {text}")
-    if max(speedups) <= 1:
-        return Decision(False, "dense_faster", f"nothing is faster than dense: {text}")
-    sparse = math.prod(speedups) > 1
-    return Decision(sparse, "mixed", f"{'sparse' if sparse else 'dense'} is faster in the mean: {text}")
-
-
-def _serving(rows: list[Row], m: int) -> Row | None:
-    """The row that speaks for m tokens: the next one above; above all buckets the last."""
+def serving(rows: Sequence[Row], m: int) -> Row | None:
+    """The row of a layer (ascending) that speaks for m tokens: the next above; above all buckets the last."""
     above = next((row for row in rows if row.m >= m), None)
     return above or (rows[-1] if rows and rows[-1].m >= BUCKETS[-1] else None)
+
+
+def times(rows: Sequence[Row], m: int, launch: Launch = "plain") -> tuple[float, float] | None:
+    """Microseconds of a layer for m tokens, sparse and dense, from its rows (ascending).
+
+    Between rows both are interpolated, in logarithms; below the first they are the first's, and above the
+    last bucket proportional to m.
+
+    Returns:
+        None where no row serves m.
+    """
+    above = serving(rows, m)
+    if above is None:
+        return None
+    ours, dense = above.sparse(launch).us, above.dense.us
+    if m > above.m:
+        return ours * m / above.m, dense * m / above.m
+    below = next((row for row in reversed(rows) if row.m <= m), None)
+    if below is None or below.m == above.m:
+        return ours, dense
+    share = math.log(m / below.m) / math.log(above.m / below.m)
+    return (
+        below.sparse(launch).us ** (1 - share) * ours**share,
+        below.dense.us ** (1 - share) * dense**share,
+    )

@@ -13,15 +13,18 @@ The caller's data should be random: zeros draw less power and run faster.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 ROTATION = 4  # copies of the weights, in multiples of the L2 cache
 GRAPH_US = 1000.0  # what one graph should take at least
+
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,13 @@ def capture(
 
 
 def measure(
-    contestants: Mapping[str, Replay],
+    contestants: Mapping[Name, Replay],
     *,
     budget_us: float,
     warm_us: float = 0.0,
     rounds: tuple[int, int] = (5, 50),
     clock: Clock | None = None,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Time the contestants against each other.
 
     One round, which is not counted, tells how long a round is; rounds then follow without a pause.
@@ -159,7 +162,7 @@ def measure(
     return timings
 
 
-def _round(contestants: Mapping[str, Replay], clock: Clock) -> dict[str, tuple[Any, Any]]:
+def _round(contestants: Mapping[Name, Replay], clock: Clock) -> dict[Name, tuple[Any, Any]]:
     marks = {}
     for name, replay in contestants.items():
         if replay.prepare is not None:

@@ -1,8 +1,9 @@
 """The tuner: times every candidate on this GPU, per layer shape and number of tokens, and fills the table.
 
-At each cell (shape, M) a quick pass times the candidates that can run it; those within `KEEP` of the best are
-timed again against each other and against torch's dense product, for longer and at sustained clocks, and the
-fastest goes into the table.
+At each cell (shape, M) a quick pass times the candidates that can run it, and the best of them once more
+with programmatic dependent launch. Those within `KEEP` of the best of either kind are timed again against
+each other and against torch's dense product, for longer and at sustained clocks; the fastest of each kind go
+into the table.
 
 M ascends, and candidates that cannot win are left out of the quick pass: no kernel gets faster with more
 tokens, so t(M') ≤ t(M) for every M' ≤ M measured before; and the best at M takes no longer than M / M' times
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 import subprocess
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -21,16 +23,28 @@ import torch
 from esparse_trt.engine import timing
 from esparse_trt.engine.kernels import Gpu, Kernels, Problem
 from esparse_trt.engine.operands import Operands
-from esparse_trt.engine.table import BUCKETS, Device, Row, Table, load_table, why_foreign
+from esparse_trt.engine.table import (
+    BUCKETS,
+    LAUNCHES,
+    Best,
+    Device,
+    Launch,
+    Row,
+    Table,
+    load_table,
+    why_foreign,
+)
 from esparse_trt.errors import EsparseError
 from esparse_trt.progress import note, track
 
 KEEP = 1.08  # slower than the best by no more: timed again
 MOST = 4  # of them
+RETRIED = 8  # of the best, with programmatic dependent launch
 MARGIN = 1.15  # for noise, on what a candidate may take and still be in the quick pass
 QUICK_GRAPH_US, QUICK_BUDGET_US = 300.0, 1.0  # the least number of rounds
 FINAL_BUDGET_US, WARM_US = 30_000.0, 10_000.0
 REFERENCE = "reference"  # CUDA cores: only where nothing else runs
+DENSE = "torch.mm"
 
 
 def this_device(kernels: Kernels) -> Device:
@@ -67,7 +81,7 @@ def open_table(path: Path, kernels: Kernels, device: Device) -> Table:
     Raises:
         EsparseError: the file belongs to another GPU, or is not a table.
     """
-    empty = Table(device, kernels.version, kernels.kernel_set)
+    empty = Table(device, kernels.version, kernels.kernel_set, date.today().isoformat())
     if not path.exists():
         return empty
     table = load_table(path)
@@ -113,6 +127,7 @@ def tune(
             row = layer.tune(m)
             if row is not None:
                 table.rows[row.key] = row
+                table.date = date.today().isoformat()
                 table.save(path)
 
 
@@ -128,18 +143,20 @@ class Layer:
 
     def tune(self, m: int) -> Row | None:
         """The row for m tokens; None where no candidate runs."""
-        kept = shortlist(self.quick(m))
-        if not kept:
+        quick = self.quick(m)
+        if not quick:
             return None
-        contestants = {name: self.replay(m, name) for name in kept}
-        contestants["dense"] = self.dense_replay(m)
+        kept: dict[Launch, list[str]] = {
+            "plain": shortlist(quick),
+            "programmatic": shortlist(self.quick_programmatic(m, sorted(quick, key=quick.__getitem__))),
+        }
+        contestants = {("dense", DENSE): self.dense_replay(m)}
+        for launch, names in kept.items():
+            for name in names:
+                contestants[launch, name] = self.replay(m, name, programmatic=launch == "programmatic")
         times = timing.measure(contestants, budget_us=FINAL_BUDGET_US, warm_us=WARM_US)
-        dense = times.pop("dense")
-        best = min(times, key=lambda name: times[name].us)
-        ours = times[best]
-        return Row(
-            self.n, self.k, self.dtype, m, best, ours.us, ours.p10, ours.p90, dense.us, dense.p10, dense.p90
-        )
+        best = {kind: _fastest(times, kind) for kind in (*LAUNCHES, "dense")}
+        return Row(self.n, self.k, self.dtype, m, **best)
 
     def quick(self, m: int) -> dict[str, float]:
         """Microseconds of every candidate that can run and may be the best, from a few replays."""
@@ -156,6 +173,15 @@ class Layer:
         self._best = (m, min(quick.values(), default=math.inf))
         return quick
 
+    def quick_programmatic(self, m: int, ranked: Sequence[str]) -> dict[str, float]:
+        """Microseconds of the best candidates of the quick pass with programmatic dependent launch."""
+        contestants = {
+            name: self.replay(m, name, programmatic=True, graph_us=QUICK_GRAPH_US)
+            for name in ranked[:RETRIED]
+        }
+        times = timing.measure(contestants, budget_us=QUICK_BUDGET_US, rounds=(3, 3))
+        return {name: time.us for name, time in times.items()}
+
     def replay(
         self, m: int, candidate: str, *, programmatic: bool = False, graph_us: float = timing.GRAPH_US
     ) -> timing.Replay:
@@ -167,6 +193,12 @@ class Layer:
         """A graph of torch's dense product."""
         copies = len(self.operands.dense)
         return self.operands.replay(m, self.operands.run_dense(m), copies, graph_us=timing.GRAPH_US)
+
+
+def _fastest(times: dict[tuple[str, str], timing.Timing], kind: str) -> Best:
+    us, name = min((time.us, name) for (found, name), time in times.items() if found == kind)
+    time = times[kind, name]
+    return Best(name, *(round(value, 3) for value in (us, time.p10, time.p90)))
 
 
 def shortlist(quick: dict[str, float]) -> list[str]:

@@ -1,15 +1,16 @@
 """Dense against sparse, end to end, on one GPU: the same model code, only the linear layers differ.
 
 Both run in one process, in turns, so that clocks and temperature are the same for both. The dense model gets
-the same merging of q/k/v and gate/up, cuBLAS, and the same captured decode step.
+the same merging of q/k/v and gate/up, cuBLAS, and the same captured graphs. Its weights are not masked: zeros
+draw less power, which on a GPU at its power limit is speed.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -17,237 +18,235 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from esparse_trt.errors import EsparseError
-from esparse_trt.graph import es24
-from esparse_trt.progress import note
+from esparse_trt.engine.timing import Clock, CudaClock
+from esparse_trt.evaluate.bench_record import Latency, LogitsCheck, Measured
+from esparse_trt.runtime.compile import compile_layers
 from esparse_trt.runtime.decode import Decoder
-from esparse_trt.runtime.linear import SparseLinear
-from esparse_trt.runtime.load import fuse_norms, merge, pack_model
+from esparse_trt.runtime.load import merge, pack_model
+from esparse_trt.runtime.nvml import Meter
 from esparse_trt.sparsity.models import family_of, linear
 from esparse_trt.sparsity.pattern import Pattern, nm_mask
 
-_ROUNDS = 5  # turns of dense and sparse; medians are over all of them
+TURNS = 3
+ENERGY_SECONDS = 1.0  # NVML's counter moves ten times a second: shorter stretches say nothing
+# Longer prompts are not captured: launch gaps vanish in them, and a graph keeps its activations.
+CAPTURED_TOKENS = 16384
 
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds, over all steps or prefills."""
-
-    median: float
-    p10: float
-    p90: float
-    p99: float
-
-    @classmethod
-    def of(cls, milliseconds: Sequence[float]) -> Latency:
-        """Of a list of measurements."""
-        cuts = statistics.quantiles(milliseconds, n=100, method="inclusive")
-        return cls(statistics.median(milliseconds), cuts[9], cuts[89], cuts[98])
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One combination of batch and prompt length.
-
-    Attributes:
-        decode: of one token for every sequence, right after the prompt.
-        prefill: of the prompt: the time to the first token.
-    """
-
-    batch: int
-    prompt: int
-    decode: dict[str, Latency]
-    prefill: dict[str, Latency]
-
-    @property
-    def decode_speedup(self) -> float:
-        """Dense over sparse."""
-        return self.decode["dense"].median / self.decode["sparse"].median
-
-    @property
-    def prefill_speedup(self) -> float:
-        """Dense over sparse."""
-        return self.prefill["dense"].median / self.prefill["sparse"].median
-
-
-@dataclass
-class Benchmark:
-    """What one run measured; `cells` fill up as it goes.
-
-    Attributes:
-        logits_error: worst ‖sparse − dense‖₂ / ‖dense‖₂ of the logits over teacher-forced steps.
-        weight_bytes: of the whole model, dense and sparse.
-        layer_bytes: of the layers that are packed, dense and sparse.
-    """
-
-    model: str
-    device: dict[str, str]
-    logits_error: float
-    weight_bytes: dict[str, int]
-    layer_bytes: dict[str, int]
-    cells: list[Cell] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        rows = [
-            {**asdict(c), "decode_speedup": c.decode_speedup, "prefill_speedup": c.prefill_speedup}
-            for c in self.cells
-        ]
-        return {**asdict(self), "cells": rows}
+Models = Mapping[str, PreTrainedModel]
 
 
 # --- models ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def random_pair(config: LlamaConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A dense model of the shape with random 2:4 weights on the GPU, and its packed twin."""
-    with torch.device("cuda"):
+def random_model(config: LlamaConfig, dtype: torch.dtype, device: str = "cuda") -> PreTrainedModel:
+    """A model of that shape, its layers but the head masked 2:4.
+
+    What is added to the residual stream is scaled by (2 · layers)^-½, as GPT-2 is initialised: without that
+    a random model amplifies rounding as no trained one does (5e-3 between fp16 and itself in another order).
+    """
+    with torch.device(device):
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            dense = LlamaForCausalLM(config).eval()
+            model = LlamaForCausalLM(config).eval()
         finally:
             torch.set_default_dtype(default)
-    family = family_of(config)
-    blocks: Any = dense.get_submodule(family.blocks)
-    for block in blocks:
-        for site in family.sites:
-            for path in site.linears:
-                weight = linear(block, path).weight
-                weight.mul_(nm_mask(weight.abs(), Pattern(2, 4)))
-    sparse = copy.deepcopy(dense)
-    linears = {name for name, module in sparse.named_modules() if isinstance(module, nn.Linear)}
-    pack_model(sparse, {}, linears - {family.head}, "cuda")
-    merge(dense)
-    for model in (dense, sparse):
-        fuse_norms(model)
-    return dense, sparse
+    ends = [path for site in family_of(config).sites if site.reads != "residual" for path in site.linears]
+    for name, layer in _block_linears(model).items():
+        layer.weight.mul_(nm_mask(layer.weight.abs(), Pattern(2, 4)))
+        if name.endswith(tuple(ends)):
+            layer.weight.mul_((2 * config.num_hidden_layers) ** -0.5)
+    return model
 
 
-# --- measuring -------------------------------------------------------------------------------------------
+def packed_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a masked model with packed layers."""
+    twin = copy.deepcopy(model)
+    pack_model(twin, {}, set(_block_linears(twin)), twin.device)
+    compile_layers(twin)
+    return twin
 
 
-def run(
-    name: str,
-    dense: PreTrainedModel,
-    sparse: PreTrainedModel,
-    *,
-    batches: Iterable[int],
-    prompts: Sequence[int],
-    new_tokens: int,
-) -> Benchmark:
-    """Measure decode and prefill of both models over batches and prompt lengths.
+def make_peer(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a dense model, in place, whatever else the packed one has."""
+    merge(model)
+    compile_layers(model)
+    return model
+
+
+@torch.no_grad()
+def unmask(model: PreTrainedModel) -> None:
+    """Give a random model, in place, random weights where it has zeros."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(std=module.weight.std().item())
+
+
+def _block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    family = family_of(model.config)
+    blocks: Any = model.get_submodule(family.blocks)
+    return {
+        f"{family.blocks}.{index}.{path}": linear(block, path)
+        for index, block in enumerate(blocks)
+        for site in family.sites
+        for path in site.linears
+    }
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the storages of all parameters and buffers, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+# --- the same answers ------------------------------------------------------------------------------------
+
+
+def check_logits(dense: PreTrainedModel, sparse: PreTrainedModel, steps: int = 256) -> LogitsCheck:
+    """Distance of the logits over teacher-forced decode steps of one sequence of random tokens.
 
     Args:
-        new_tokens: decode steps per cell, over all turns.
-
-    Raises:
-        EsparseError: there is no GPU.
+        dense: the masked dense model.
+        sparse: its packed twin.
+        steps: how many.
     """
-    if not torch.cuda.is_available():
-        raise EsparseError("this benchmark measures a GPU, and there is none", fix="run it on a GPU machine")
-    models = {"dense": dense, "sparse": sparse}
-    packed = [module for module in sparse.modules() if isinstance(module, SparseLinear)]
-    found = Benchmark(
-        model=name,
-        device=_device(),
-        logits_error=compare_logits(dense, sparse, steps=256),
-        weight_bytes={key: _weight_bytes(model) for key, model in models.items()},
-        layer_bytes={
-            "dense": sum(2 * layer.in_features * layer.out_features for layer in packed),
-            "sparse": sum(layer.weight_bytes for layer in packed),
-        },
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, dense.config.vocab_size, (1, steps + 1), generator=generator).to(dense.device)
+    a, b = (teacher_forced(model, ids) for model in (dense, sparse))
+    exact = _in_fp32(dense, ids)
+    return LogitsCheck(
+        steps=steps,
+        error=_distance(b, a),
+        worst=((b - a).norm(dim=1) / a.norm(dim=1)).max().item(),
+        dense_rounding=None if exact is None else _distance(a, exact),
+        sparse_rounding=None if exact is None else _distance(b, exact),
     )
-    for batch in batches:
-        for prompt in prompts:
-            try:
-                cell = _cell(models, batch, prompt, new_tokens)
-            except torch.cuda.OutOfMemoryError:
-                note(f"batch {batch}, prompt {prompt}: left out, the GPU's memory is full")
-                torch.cuda.empty_cache()
-                continue
-            note(
-                f"batch {batch}, prompt {prompt}: decode {cell.decode['sparse'].median:.2f} ms "
-                f"({cell.decode_speedup:.2f}x), prefill {cell.prefill['sparse'].median:.1f} ms "
-                f"({cell.prefill_speedup:.2f}x)"
-            )
-            found.cells.append(cell)
+
+
+@torch.no_grad()
+def teacher_forced(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits [T − 1, vocabulary] in fp32 on the CPU, one decode step for each of ids[:, 1:], [1, T]."""
+    decoder = Decoder(model, 1, ids.shape[1])
+    decoder.prefill(ids[:, :1])
+    found = torch.empty(ids.shape[1] - 1, model.config.vocab_size)
+    for step, token in enumerate(ids[0, 1:]):
+        decoder.tokens.copy_(token)
+        decoder.step()
+        assert decoder.logits is not None
+        found[step] = decoder.logits[0]
     return found
 
 
 @torch.no_grad()
-def compare_logits(dense: PreTrainedModel, sparse: PreTrainedModel, steps: int) -> float:
-    """Worst relative L2 distance of the logits over `steps` teacher-forced decode steps of one sequence."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, dense.config.vocab_size, (1, steps + 1), generator=generator).to(dense.device)
-    decoders = [Decoder(model, 1, steps + 1) for model in (dense, sparse)]
-    for decoder in decoders:
-        decoder.prefill(ids[:, :1])
-    worst = 0.0
-    for step in range(1, steps + 1):
-        logits = []
-        for decoder in decoders:
-            decoder.tokens.copy_(ids[:, step : step + 1])
-            decoder.step()
-            assert decoder.logits is not None
-            logits.append(decoder.logits.double())
-        worst = max(worst, ((logits[1] - logits[0]).norm() / logits[0].norm()).item())
-    return worst
+def _in_fp32(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
+    """The same logits in fp32, from one plain forward; None where a copy of the model does not fit."""
+    try:
+        return copy.deepcopy(model).float()(ids).logits[0, 1:].cpu()
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        release()
 
 
-def _cell(models: dict[str, PreTrainedModel], batch: int, prompt: int, new_tokens: int) -> Cell:
+def _distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# --- one cell --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Running:
+    """One model while a cell is measured."""
+
+    decoder: Decoder
+    peak_bytes: int
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    steps: int = 0
+    joules: float = 0.0
+    sm_mhz: int | None = None
+
+    def result(self, batch: int) -> Measured:
+        enough = sum(self.decode) >= 1e3 * ENERGY_SECONDS
+        return Measured(
+            prefill=Latency.of(self.prefill),
+            decode=Latency.of(self.decode),
+            peak_bytes=self.peak_bytes,
+            joules_per_token=self.joules / (batch * self.steps) if self.joules and enough else None,
+            sm_mhz=self.sm_mhz,
+        )
+
+
+def measure(
+    models: Models,
+    batch: int,
+    prompt: int,
+    generated: int,
+    *,
+    meter: Meter | None = None,
+    clock: Clock | None = None,
+) -> dict[str, Measured]:
+    """Time to first token and inter-token latency of every model, in turns.
+
+    Args:
+        models: by name, of the same vocabulary.
+        batch: sequences.
+        prompt: tokens of each, random.
+        generated: decode steps that are timed after each prefill.
+        meter: for energy and clocks.
+        clock: for tests.
+
+    Raises:
+        torch.OutOfMemoryError: their caches and activations do not fit together.
+    """
+    first = next(iter(models.values()))
     generator = torch.Generator().manual_seed(batch * 100003 + prompt)
-    vocabulary = next(iter(models.values())).config.vocab_size
-    ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator).cuda()
-    steps = -(-new_tokens // _ROUNDS)
-    decoders = {key: Decoder(model, batch, prompt + _ROUNDS * steps + 1) for key, model in models.items()}
-    decode: dict[str, list[float]] = {key: [] for key in models}
-    prefill: dict[str, list[float]] = {key: [] for key in models}
-    for decoder in decoders.values():
+    ids = torch.randint(0, first.config.vocab_size, (batch, prompt), generator=generator).to(first.device)
+    clock = clock or CudaClock()
+    running = {name: _start(model, ids, generated) for name, model in models.items()}
+    for _ in range(TURNS):
+        for one in running.values():
+            _turn(one, ids, generated, clock, meter)
+    return {name: one.result(batch) for name, one in running.items()}
+
+
+def release() -> None:
+    """Give back what earlier cells held: their decoders, graphs and caches."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _start(model: PreTrainedModel, ids: Tensor, generated: int) -> _Running:
+    """Capture what will be replayed, and see what it takes in memory."""
+    batch, prompt = ids.shape
+    on_gpu = ids.device.type == "cuda"
+    before = torch.cuda.memory_allocated()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    decoder = Decoder(model, batch, prompt + generated + 1)
+    if on_gpu and ids.numel() <= CAPTURED_TOKENS:
         decoder.capture_prefill(ids)
-        decoder.prefill(ids)
-        decoder.step()  # captures itself
-    for _ in range(_ROUNDS):
-        for key, decoder in decoders.items():
-            prefill[key] += _times(lambda decoder=decoder: decoder.prefill(ids), 2)
-            decode[key] += _times(decoder.step, steps)
-    return Cell(
-        batch,
-        prompt,
-        {key: Latency.of(times) for key, times in decode.items()},
-        {key: Latency.of(times) for key, times in prefill.items()},
-    )
+    decoder.prefill(ids)
+    decoder.step()  # captures itself
+    grown = torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    return _Running(decoder, weight_bytes(model) + grown)
 
 
-def _times(call: Any, repeats: int) -> list[float]:
-    """Milliseconds of each of some calls, by events on the GPU's own clock."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in pairwise(events)]
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    tensors: dict[int, Tensor] = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _device() -> dict[str, str]:
-    from esparse_trt.engine import kernels
-
-    library = kernels.load()
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_gib": f"{properties.total_memory / 2**30:.1f}",
-        "sm_clock_mhz": str(torch.cuda.clock_rate()),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "kernels": f"{library.version} ({library.kernel_set})",
-        "layout": es24.LAYOUT,
-    }
+def _turn(one: _Running, ids: Tensor, generated: int, clock: Clock, meter: Meter | None) -> None:
+    """A prefill, and `generated` times from one token to the next."""
+    start = clock.mark()
+    one.decoder.prefill(ids)
+    one.prefill.append(clock.elapsed_us(start, clock.mark()) / 1e3)
+    before = meter.joules() if meter else 0.0
+    marks = []
+    for _ in range(generated + 1):  # the first only fills the queue: the device had to wait for the host
+        one.decoder.step()
+        marks.append(clock.mark())
+    if meter:
+        one.sm_mhz = meter.sm_mhz()  # while the device still works off its queue
+    one.decode += [clock.elapsed_us(a, b) / 1e3 for a, b in pairwise(marks)]
+    one.steps += len(marks)
+    if meter:
+        one.joules += meter.joules() - before

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
-from esparse_trt.errors import EsparseError
+from esparse_trt.runtime.attention import NAME, SlotCache
 
 _WARM_UP = 2  # eager runs before a capture: lazy initialisation must not be captured
 
@@ -36,14 +36,11 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, batch: int, max_length: int) -> None:
         self.model = model
         self.device = model.device
-        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
-        if any(self.cache.is_sliding):
-            raise EsparseError(
-                f"{sum(self.cache.is_sliding)} of {len(self.cache.layers)} layers have sliding-window "
-                "attention, whose cache keeps its length in Python, out of reach of a CUDA graph",
-                where=f"model type {model.config.model_type}",
-                fix="use the model's own generate()",
-            )
+        self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.cache = SlotCache(model.config, batch, max_length, self._position, model.dtype)
+        self._replaced = model._supports_attention_backend  # not BLOOM's attention
+        if self._replaced:
+            model.set_attn_implementation(NAME)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None
         self._max_length = max_length
@@ -87,12 +84,19 @@ class Decoder:
 
     def _forward(self, ids: Tensor) -> None:
         self._require_room(ids.shape[1])
-        logits = self.model(ids, past_key_values=self.cache, logits_to_keep=1, use_cache=True).logits[:, -1]
+        new = ids.shape[1]
+        options: dict[str, Tensor] = {}
+        if self._replaced:
+            options["attention_mask"] = self._position.view(1, 1, 1, 1)  # how `attend` knows the length
+            options["position_ids"] = self._position + torch.arange(new, device=self.device)[None]
+        output = self.model(ids, past_key_values=self.cache, logits_to_keep=1, use_cache=True, **options)
+        logits = output.logits[:, -1]
         if self.logits is None:
             self.logits = logits.clone()
         self.logits.copy_(logits)
         self.tokens.copy_(logits.argmax(-1, keepdim=True))
-        self._length += ids.shape[1]
+        self._position += new
+        self._length += new
 
     def _require_room(self, new: int) -> None:
         if self._length + new > self._max_length:
@@ -115,9 +119,8 @@ class Decoder:
         return graph
 
     def _rewind(self, length: int) -> None:
-        """Forget what the cache holds behind `length` tokens: it is masked, and overwritten."""
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(length)  # type: ignore[union-attr]
+        """Forget what the cache holds behind `length` tokens: it is not read, and overwritten."""
+        self._position.fill_(length)
         self._length = length
 
 

@@ -15,8 +15,12 @@ from esparse_trt.artifacts import BuildDir, load_manifest
 from esparse_trt.errors import EsparseError
 from esparse_trt.model import load_model
 from esparse_trt.progress import note, track
+from esparse_trt.recipe import parse_recipe
 from esparse_trt.records import PruneRecord
+from esparse_trt.runtime.choice import packed_layers
+from esparse_trt.runtime.compile import compile_layers
 from esparse_trt.runtime.linear import Merged, SparseLinear
+from esparse_trt.runtime.ops import tuned_table
 from esparse_trt.runtime.packing import why_not
 from esparse_trt.sparsity.models import Family, Site, family_of, heads_of, linear
 
@@ -35,7 +39,8 @@ def load(
         device: default: the GPU if there is one, else the CPU (slow: weights are decompressed at every call).
 
     Returns:
-        The model in evaluation mode. Layers that cannot be packed stay `nn.Linear`.
+        The model in evaluation mode. Layers that cannot be packed stay `nn.Linear`, and so do those that the
+        tuner's table of this GPU says are slower packed (`engine.choice`).
 
     Raises:
         EsparseError: no such build, another dtype, or a pattern that has no packed form (only 2:4 has one).
@@ -57,10 +62,13 @@ def load(
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_model(build.checkpoint, dtype)
-    pack_model(model, load_file(build.permutation), packable, device)
+    recipe = parse_recipe(manifest.recipe, base=build.root, where=build.manifest)
+    table = tuned_table() if torch.device(device).type == "cuda" else None
+    sparse = packed_layers(model, packable, recipe, table, dtype)
+    pack_model(model, load_file(build.permutation), sparse, device)
     model.to(device)
     if model.device.type == "cuda":
-        fuse_norms(model)
+        compile_layers(model)
     return model
 
 
@@ -115,13 +123,6 @@ def merge(model: PreTrainedModel) -> None:
             layers = [linear(block, path) for path in site.linears]
             if len(layers) > 1:
                 _set_members(block, site, _concatenated(layers), layers)
-
-
-def fuse_norms(model: PreTrainedModel) -> None:
-    """Compile the RMSNorm modules of a model on a GPU, in place: one kernel instead of seven."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.compile(dynamic=True)
 
 
 def _concatenated(layers: Sequence[nn.Linear]) -> nn.Linear:

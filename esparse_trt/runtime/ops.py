@@ -1,7 +1,8 @@
 """`esparse::sparse_gemm` as a PyTorch operator: traceable by torch.compile, capturable in CUDA graphs.
 
-On a GPU it enqueues the candidate that the tuner's table names for (N, K, dtype, M), or the library's static
-choice; on a CPU it decompresses the weight and multiplies, which is slow and right.
+On a GPU it enqueues the candidate that the tuner's table of this GPU (`esparse-trt tune`, in the user's
+cache) names for (N, K, dtype, M), or the library's static choice; on a CPU it decompresses the weight and
+multiplies, which is slow and right.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from esparse_trt.engine import kernels
+from esparse_trt.engine.table import Table, default_path, reference_table, usable_table
+from esparse_trt.engine.tune import this_device
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph import es24
 from esparse_trt.graph.groups import as_numpy
@@ -41,7 +44,7 @@ def sparse_gemm(
     y = rows.new_empty(len(rows), len(values))
     library = kernels.load()
     gemm = library.bind(rows, values, metadata, y, bias=bias, permutation=permutation)
-    candidate = _candidate(gemm.problem)
+    candidate = candidate_for(gemm.problem)
     gemm.run(candidate, library.workspace(gemm.problem, candidate), programmatic=True)
     return y.view(*x.shape[:-1], -1)
 
@@ -62,12 +65,34 @@ def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, permutat
 
 
 @cache
-def _candidate(problem: kernels.Problem) -> str:
+def candidate_for(problem: kernels.Problem) -> str:
     """What runs the problem on this machine's GPU."""
     library = kernels.load()
-    found = library.default(problem, library.current_gpu())
+    gpu = library.current_gpu()
+    for table, dtype in ((tuned_table(), problem.dtype), (shipped_table(), "float16")):
+        rows = table.of_layer(problem.n, problem.k, dtype) if table else []
+        if row := next((row for row in rows if row.m >= problem.m), None):
+            tuned = row.sparse("programmatic").kernel
+            # Tables do not know bias and permutation, and a shipped one may be of other kernels.
+            if tuned in library.candidates and library.why_not(problem, tuned, gpu) is None:
+                return tuned
+    found = library.default(problem, gpu)
     assert found is not None  # the reference kernel takes everything that `bind` accepts
     return found
+
+
+@cache
+def tuned_table() -> Table | None:
+    """The tuner's table of this machine's GPU, if there is one for these kernels."""
+    library = kernels.load()
+    path = default_path(torch.cuda.get_device_name())
+    return usable_table(path, library.kernel_set, this_device(library))
+
+
+@cache
+def shipped_table() -> Table | None:
+    """What was measured on a GPU like this one. It holds for bfloat16 too, whose kernels do the same work."""
+    return reference_table(this_device(kernels.load()))
 
 
 def _check(x: Tensor, values: Tensor, metadata: Tensor) -> None:

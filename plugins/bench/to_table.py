@@ -1,7 +1,7 @@
-"""The results of a benchmark as a table of the tuner: the reference that `esparse-trt estimate` ships.
+"""The results of a benchmark as a table of the tuner: the reference that this package ships.
 
     cd plugins/bench
-    python to_table.py results/h100_fp16.json ../../esparse_trt/estimate/tables/h100.json
+    python to_table.py results/h100_fp16.json ../../esparse_trt/engine/tables/h100.json
 
 `dense` is then cuBLASLt's best of 8 algorithms, where the tuner has torch's choice.
 """

@@ -16,7 +16,7 @@ from esparse_trt.engine.build import build_engines, engine_bytes
 from esparse_trt.engine.plugin import Plugin
 from esparse_trt.engine.shapes import input_ranges
 from esparse_trt.engine.source import choose_source
-from esparse_trt.engine.table import Device, Row, Table
+from esparse_trt.engine.table import Best, Device, Row, Table
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph.proof import LIMIT, example_feeds, outputs, relative_l2
 from esparse_trt.pipeline import build
@@ -41,13 +41,10 @@ def make_recipe(**changes):
         "name": "tiny",
         "model": {"path": "model"},
         "calibration": {"text": {"source": "file", "path": "text.txt"}},
+        "traffic": [{"batch": 2, "prompt": 16, "generated": 16}],
         "engine": {"profiles": PROFILES, "flavour": "tensorrt_rtx", "dense": False, **changes},
     }
     return parse_recipe(data, base=Path.cwd())
-
-
-def make_section(**changes):
-    return make_recipe(**changes).engine
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +89,7 @@ def fake_plugin(monkeypatch):
 
 def choose(built, **changes):
     folder, exported, record = built
-    return choose_source(make_section(**changes), folder, exported, record, "tensorrt_rtx")
+    return choose_source(make_recipe(**changes), folder, exported, record, "tensorrt_rtx")
 
 
 # --- which file -----------------------------------------------------------------------------------------
@@ -101,19 +98,23 @@ def choose(built, **changes):
 def test_without_a_library_the_engine_is_built_from_sparse_onnx_and_says_why(packed, no_library):
     chosen = choose(packed)
     assert chosen.onnx == packed[0].sparse_onnx
-    assert (chosen.plugin, chosen.layers) == (None, [])
+    assert chosen.plugin is None
+    assert {(layer.kernel, layer.code.value) for layer in chosen.layers} == {("native", "no_plugin")}
     assert f"{libraries.PLUGIN} was not found" in chosen.no_plugin
 
 
 def test_a_required_plugin_that_is_not_there_is_an_error(packed, no_library):
     with pytest.raises(EsparseError, match="was not found") as error:
-        choose(packed, plugin="required")
-    assert error.value.where == "engine.plugin: required"
+        choose(packed, sparse_gemm="plugin")
+    assert error.value.where == "engine.sparse_gemm: plugin"
     assert "cmake" in error.value.fix
 
 
 def test_the_recipe_can_do_without(packed, fake_plugin):
-    assert choose(packed, plugin="none").no_plugin == "the recipe sets engine.plugin: none"
+    for wish in ("native", "dense"):
+        chosen = choose(packed, sparse_gemm=wish)
+        assert chosen.no_plugin == f"the recipe sets engine.sparse_gemm: {wish}"
+        assert {(layer.kernel, layer.code.value) for layer in chosen.layers} == {(wish, "asked")}
 
 
 def test_float32_has_no_kernels(packed, fake_plugin):
@@ -137,10 +138,11 @@ def table_of(record: PackRecord, tmp_path: Path, slow: str = "") -> Path:
     rows = []
     for gemm in record.gemms:
         for m in (1, 16, 64):
-            us = 20.0 if gemm.name == slow else 5.0
-            rows.append(Row(*gemm.shape, "float16", m, f"decode_{m}", us, us, us, 10.0, 10.0, 10.0))
+            ours = Best(f"decode_{m}", *[20.0 if gemm.name == slow else 5.0] * 3)
+            dense = Best("torch.mm", 10.0, 10.0, 10.0)
+            rows.append(Row(*gemm.shape, "float16", m, ours, ours, dense))
     path = tmp_path / "table.json"
-    Table(DEVICE, "0.1.0", "0123456789ab", {row.key: row for row in rows}).save(path)
+    Table(DEVICE, "0.1.0", "0123456789ab", "2026-11-22", {row.key: row for row in rows}).save(path)
     return path
 
 
@@ -163,7 +165,7 @@ def test_without_a_table_every_gemm_runs_sparse_by_the_heuristic(packed, fake_pl
     assert chosen.onnx == folder.engine_onnx
     assert (chosen.no_plugin, chosen.plugin.kernel_set, chosen.plugin.table) == (None, "0123456789ab", None)
     assert operators(folder) == {gemm.name: "" for gemm in record.gemms}
-    assert all(layer.sparse and "was not measured" in layer.reason for layer in chosen.layers)
+    assert {(layer.kernel, layer.code.value) for layer in chosen.layers} == {("plugin", "not_measured")}
     assert_computes_the_same(folder, exported)
 
 
@@ -184,25 +186,27 @@ def test_a_layer_that_nothing_makes_faster_stays_dense_and_its_weights_are_there
     chosen = choose(packed, table=str(table_of(record, tmp_path, slow.name)))
     assert slow.name not in operators(folder) and len(operators(folder)) == len(record.gemms) - 1
     (layer,) = (layer for layer in chosen.layers if layer.name == slow.name)
-    assert not layer.sparse and "nothing is faster than dense" in layer.reason
+    assert (layer.kernel, layer.code.value) == ("native", "dense_faster")
+    assert layer.dense_faster_at == [1, 2, 16, 32, 64] and layer.speedup == 0.5
     names = {t.name for t in onnx.load(folder.engine_onnx, load_external_data=False).graph.initializer}
     assert f"{slow.name}.values" not in names
     assert all((exported.linears[module] in names) == (module in slow.layers) for module in exported.linears
                if module != "lm_head")  # fmt: skip
     assert_computes_the_same(folder, exported)
-    required = choose(packed, table=str(tmp_path / "table.json"), plugin="required")
-    assert all(layer.sparse for layer in required.layers)
+    asked = choose(packed, table=str(tmp_path / "table.json"), sparse_gemm="plugin")
+    assert {(layer.kernel, layer.code.value) for layer in asked.layers} == {("plugin", "asked")}
 
 
 def test_where_dense_is_always_faster_the_plugin_is_not_used(packed, fake_plugin, tmp_path):
     _, _, record = packed
     path = table_of(record, tmp_path)
     table = source.usable_table(path, "0123456789ab", None)
-    slow = {key: Row(*key, "x", 20, 20, 20, 10, 10, 10) for key in table.rows}
-    Table(DEVICE, "0.1.0", "0123456789ab", slow).save(path)
+    slow, fast = Best("x", 20, 20, 20), Best("torch.mm", 10, 10, 10)
+    table.rows = {key: Row(*key, slow, slow, fast) for key in table.rows}
+    table.save(path)
     chosen = choose(packed, table=str(path))
     assert "dense is faster in every layer" in chosen.no_plugin
-    assert not any(layer.sparse for layer in chosen.layers)
+    assert {layer.kernel for layer in chosen.layers} == {"native"}
 
 
 def test_a_table_of_other_kernels_is_left_alone(packed, fake_plugin, tmp_path, monkeypatch):
@@ -247,7 +251,7 @@ def occurrences(plan: bytes, onnx_file: Path) -> dict[str, int]:
 
 def test_an_engine_with_the_plugin(packed, library):
     folder, exported, record = packed
-    recipe = make_recipe(plugin="required", plugin_library=str(library))
+    recipe = make_recipe(sparse_gemm="plugin", plugin_library=str(library))
     built = build_engines(recipe, folder, exported, record)
     engine = built.sparse
     assert (engine.onnx, built.no_plugin) == ("onnx/engine.onnx", None)
@@ -270,8 +274,9 @@ def test_an_engine_with_the_plugin(packed, library):
 )
 def test_a_fault_that_only_the_plugin_sees_comes_out_in_its_words(packed, library, attribute, value, what):
     folder, exported, record = packed
-    section = make_section(plugin="required", plugin_library=str(library))
-    choose_source(section, folder, exported, record, "tensorrt_rtx")
+    asked = make_recipe(sparse_gemm="plugin", plugin_library=str(library))
+    section = asked.engine
+    choose_source(asked, folder, exported, record, "tensorrt_rtx")
     model = onnx.load(folder.engine_onnx, load_external_data=False)
     node = next(node for node in model.graph.node if node.domain == "esparse")
     next(a for a in node.attribute if a.name == attribute).CopyFrom(helper.make_attribute(attribute, value))
@@ -291,13 +296,13 @@ def test_the_quickstart_model_s_engine(library, tmp_path):
     small = recipe.calibration.model_copy(update={"samples": 2, "length": 64})
     score = recipe.prune.score.model_copy(update={"method": "magnitude"})
     prune = recipe.prune.model_copy(update={"score": score})
-    engine = recipe.engine.model_copy(update={"plugin": "required", "dense": False})
+    engine = recipe.engine.model_copy(update={"sparse_gemm": "plugin", "dense": False})
     engine = engine.model_copy(update={"flavour": "tensorrt_rtx", "plugin_library": library})
     recipe = recipe.model_copy(update={"calibration": small, "prune": prune, "engine": engine})
     manifest = build(recipe, tmp_path, last="engine")
     record = manifest.stages["engine"].record["sparse"]
     layers = 6 * 4  # blocks; q+k+v, o, gate+up, down
-    assert len(record["layers"]) == layers and all(layer["sparse"] for layer in record["layers"])
+    assert len(record["layers"]) == layers and all(layer["kernel"] == "plugin" for layer in record["layers"])
     folder = BuildDir(tmp_path)
     counts = occurrences(folder.sparse_plan.read_bytes(), folder.engine_onnx)
     assert len(counts) == 2 * layers and set(counts.values()) == {1}

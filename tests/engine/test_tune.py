@@ -13,21 +13,34 @@ from esparse_trt.cli import app
 from esparse_trt.engine import table as tables
 from esparse_trt.engine import timing, tune
 from esparse_trt.engine.kernels import Problem
-from esparse_trt.engine.table import BUCKETS, Device, Row, Table, choices, decide, load_table, usable_table
+from esparse_trt.engine.table import (
+    BUCKETS,
+    Best,
+    Device,
+    Row,
+    Table,
+    choices,
+    load_table,
+    times,
+    usable_table,
+)
 from esparse_trt.errors import EsparseError
 from esparse_trt.recipe import load_recipe
-from esparse_trt.sections import EngineSection
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 H100 = Device("NVIDIA H100 80GB HBM3", 90, 132, "580.95", "13.0")
 
 
-def row(m, us, dense_us, n=4096, k=4096, candidate="decode_a"):
-    return Row(n, k, "float16", m, candidate, us, us, us, dense_us, dense_us, dense_us)
+def row(m, us, dense_us, n=4096, k=4096, candidate="decode_a", chained=None):
+    """`chained`: kernel and microseconds with programmatic dependent launch, if they differ."""
+    plain = Best(candidate, us, us, us)
+    kernel, faster = chained or (candidate, us)
+    programmatic, dense = Best(kernel, faster, faster, faster), Best("torch.mm", dense_us, dense_us, dense_us)
+    return Row(n, k, "float16", m, plain, programmatic, dense)
 
 
 def make_table(*rows, device=H100, kernel_set="abc123"):
-    return Table(device, "0.1.0", kernel_set, {r.key: r for r in rows})
+    return Table(device, "0.1.0", kernel_set, "2026-11-22", {r.key: r for r in rows})
 
 
 # --- the file ----------------------------------------------------------------------------------------------
@@ -47,8 +60,9 @@ def test_a_table_survives_the_file(tmp_path):
         ("{", "not a tuning table"),
         ("[]", "not a tuning table"),
         ('{"schema": 7}', "schema 7"),
-        ('{"schema": 1, "device": {}, "rows": []}', "not a tuning table"),
-        ('{"schema": 1, "rows": [{"n": 1}]}', "not a tuning table"),
+        ('{"schema": 1, "device": {}, "rows": []}', "reads schema 2"),
+        ('{"schema": 2, "device": {}, "rows": []}', "not a tuning table"),
+        ('{"schema": 2, "rows": [{"n": 1}]}', "not a tuning table"),
     ],
 )
 def test_a_file_that_is_no_table_is_an_error(tmp_path, text, words):
@@ -93,6 +107,12 @@ def test_another_driver_is_the_same_gpu_and_no_gpu_at_all_is_taken_on_trust(tmp_
     assert usable_table(path, "abc123", None) is not None
 
 
+def test_the_shipped_table_is_for_the_gpu_that_it_was_measured_on():
+    shipped = tables.reference_table(H100)
+    assert shipped is not None and {row.m for row in shipped.of_layer(4096, 4096, "float16")} >= {1, 16, 4096}
+    assert tables.reference_table(replace(H100, name="NVIDIA H100 PCIe")) is None
+
+
 def test_a_table_that_is_not_there_is_none(tmp_path):
     assert usable_table(tmp_path / "none.json", "abc123", H100) is None
 
@@ -118,37 +138,22 @@ def test_choices_are_the_plugins_field_in_ascending_order():
     assert choices(None, 4096, 4096, "float16") is None
 
 
-@pytest.mark.parametrize(
-    ("tokens", "sparse", "code", "words"),
-    [
-        ([1, 512], True, "faster", "M = 1: 7.0 us sparse, 14.0 us dense (x2.00)"),
-        ([300], True, "faster", "M = 300: 20.0 us sparse, 26.0 us dense"),
-        ([64, 65], False, "dense_faster", "nothing is faster than dense: M = 64"),
-        ([1, 64], True, "mixed", "sparse is faster in the mean"),
-        ([128, 512], False, "mixed", "dense is faster in the mean"),
-        ([1, 4096], True, "not_measured", "was not measured at M = 4096"),
-    ],
-)
-def test_a_layer_is_sparse_or_dense_with_the_reason(tokens, sparse, code, words):
-    table = make_table(row(1, 7.0, 14.0), row(64, 16.0, 15.0), row(128, 40.0, 20.0), row(512, 20.0, 26.0))
-    decision = decide(table, 4096, 4096, "float16", tokens)
-    assert (decision.sparse, decision.code) == (sparse, code)
-    assert words in decision.reason
+def test_either_way_of_launching_has_kernels_and_times_of_its_own():
+    table = make_table(row(1, 8.0, 14.0, chained=("decode_b", 7.0)))
+    assert choices(table, 4096, 4096, "float16", "programmatic") == "1=decode_b"
+    (found,) = table.of_layer(4096, 4096, "float16")
+    assert (found.speedup("plain"), found.speedup("programmatic")) == (14 / 8, 2.0)
+    assert times([found], 1, "programmatic") == (7.0, 14.0)
 
 
-def test_without_a_table_a_layer_is_sparse_and_the_reason_says_how_to_measure():
-    decision = decide(None, 4096, 4096, "float16", [1])
-    assert (decision.sparse, decision.code) == (True, "not_measured")
-    assert "esparse-trt tune" in decision.reason
-
-
-def test_above_the_last_bucket_its_row_speaks():
-    table = make_table(row(BUCKETS[-1], 400.0, 500.0))
-    assert decide(table, 4096, 4096, "float16", [20000]).code == "faster"
-
-
-def test_the_tokens_of_a_recipe_are_its_profiles_optima():
-    assert tuning.profile_tokens(EngineSection()) == [1, 512]
+def test_times_between_rows_are_interpolated_and_beyond_the_last_bucket_proportional():
+    rows = [row(4, 8.0, 16.0), row(64, 32.0, 16.0)]
+    assert times(rows, 1) == (8.0, 16.0)
+    assert times(rows, 64) == (32.0, 16.0)
+    assert times(rows, 16) == pytest.approx((16.0, 16.0))  # the middle of 4 and 64 in logarithms
+    assert times(rows, 65) is None
+    assert times([], 1) is None
+    assert times([row(BUCKETS[-1], 400.0, 500.0)], 2 * BUCKETS[-1]) == (800.0, 1000.0)
 
 
 # --- the search --------------------------------------------------------------------------------------------
@@ -172,30 +177,39 @@ class Library:
 
 
 class PlayedLayer(tune.Layer):
-    """A layer whose replays are only (candidate, M)."""
+    """A layer whose replays are only (candidate, M, launch)."""
 
     def __init__(self, kernels, gpu, n, k, dtype, rows):
         self.kernels, self.gpu, self.n, self.k, self.dtype = kernels, gpu, n, k, dtype
         self._least, self._best = {}, (0, float("inf"))
 
-    def replay(self, m, candidate, **options):
-        return candidate, m
+    def replay(self, m, candidate, *, programmatic=False, **options):
+        return candidate, m, "programmatic" if programmatic else "plain"
 
     def dense_replay(self, m):
-        return "dense", m
+        return "dense", m, "plain"
+
+
+def played_us(candidate, m, launch):
+    """Programmatic dependent launch saves 2 us, and 1 us more of decode_close."""
+    if candidate == "dense":
+        return 14.0 + 0.05 * m
+    saved = 3.0 if candidate == "decode_close" else 2.0
+    return TIMES[candidate](m) - (saved if launch == "programmatic" else 0.0)
+
+
+def names(measured):
+    return [candidate for candidate, *_ in measured]
 
 
 @pytest.fixture
 def played(monkeypatch):
-    """The tuner on played times; yields the names of each `measure`."""
+    """The tuner on played times; yields what was measured together, (candidate, M, launch) each."""
     measured = []
 
     def measure(contestants, **limits):
-        measured.append(list(contestants))
-        return {
-            name: timing.Timing(*[(TIMES.get(name) or (lambda m: 14.0 + 0.05 * m))(m)] * 3)
-            for name, (_, m) in contestants.items()
-        }
+        measured.append(list(contestants.values()))
+        return {key: timing.Timing(*[played_us(*replay)] * 3) for key, replay in contestants.items()}
 
     class NoStream:
         def __enter__(self):
@@ -214,17 +228,25 @@ def played(monkeypatch):
 def test_the_fastest_candidate_wins_each_cell_and_only_close_ones_are_timed_again(played, tmp_path):
     table = make_table()
     tune.tune(Library(), table, tmp_path / "t.json", [(4096, 4096)], tokens=(1, 16, 64))
-    found = {m: table.rows[4096, 4096, "float16", m].candidate for m in (1, 16, 64)}
-    assert found == {1: "decode_fast", 16: "decode_fast", 64: "wide"}
-    assert table.rows[4096, 4096, "float16", 1].dense_us == pytest.approx(14.05)
-    assert ["decode_fast", "decode_close", "dense"] in played
-    assert ["wide", "dense"] in played
-    assert not any("reference" in names for names in played)
+    rows = {m: table.rows[4096, 4096, "float16", m] for m in (1, 16, 64)}
+    assert {m: r.plain.kernel for m, r in rows.items()} == {1: "decode_fast", 16: "decode_fast", 64: "wide"}
+    assert rows[1].programmatic == Best("decode_close", 4.4, 4.4, 4.4)
+    assert rows[64].programmatic == Best("wide", 39.28, 39.28, 39.28)
+    assert rows[1].dense == Best(tune.DENSE, 14.05, 14.05, 14.05)
+    final = [found for found in played if "dense" in names(found)]
+    assert set(final[0]) == {
+        ("dense", 1, "plain"),
+        ("decode_fast", 1, "plain"),
+        ("decode_close", 1, "plain"),
+        ("decode_close", 1, "programmatic"),  # decode_fast is 15 % behind it there
+    }
+    assert names(final[2]) == ["dense", "wide", "wide"]
+    assert not any("reference" in names(found) for found in played)
 
 
 def test_a_candidate_that_cannot_win_waits_for_a_larger_m(played, tmp_path):
     tune.tune(Library(), make_table(), tmp_path / "t.json", [(64, 64)], tokens=(1, 2, 16, 64))
-    quick = [names for names in played if "dense" not in names]
+    quick = [names(found) for found in played if {launch for *_, launch in found} == {"plain"}]
     assert quick[0] == ["decode_fast", "decode_close", "wide"]
     assert quick[1] == ["decode_fast", "decode_close"]  # wide took 40 us at M = 1, twice 7.1 us is enough
     assert quick[2] == ["decode_fast", "decode_close", "wide"]  # at 8 times the tokens it might
@@ -249,7 +271,7 @@ def test_a_tuner_that_was_stopped_goes_on_where_it_was(played, tmp_path, monkeyp
     played.clear()
     table = tune.open_table(path, Library(), H100)
     tune.tune(Library(), table, path, [(64, 64), (128, 64)], tokens=(1, 16))
-    assert len(played) == 2 * 2
+    assert len(played) == 2 * 3  # two cells: a quick pass of each kind, and the last one
     assert len(load_table(path).rows) == 4
 
 
@@ -257,7 +279,7 @@ def test_the_reference_is_timed_where_nothing_else_runs(played, tmp_path, monkey
     monkeypatch.setattr(Library, "supporting", lambda self, problem, gpu: ["reference"])
     table = make_table()
     tune.tune(Library(), table, tmp_path / "t.json", [(64, 64)], tokens=(1,))
-    assert table.rows[64, 64, "float16", 1].candidate == "reference"
+    assert table.rows[64, 64, "float16", 1].plain.kernel == "reference"
 
 
 # --- which layers, and the command -------------------------------------------------------------------------

@@ -8,9 +8,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from esparse_trt.engine.kernels import Gpu, Problem
+from esparse_trt.engine.table import Best, Device, Row, Table
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph import es24
 from esparse_trt.graph.groups import as_numpy
+from esparse_trt.runtime import ops
 from esparse_trt.runtime.decode import Decoder, generate
 from esparse_trt.runtime.linear import Merged, SparseLinear
 from esparse_trt.runtime.load import merge, pack_model
@@ -190,3 +193,42 @@ def test_cache_overflow_is_refused(permuted_model) -> None:
     decoder.step()
     with pytest.raises(ValueError, match="holds 4 tokens, 5 are needed"):
         decoder.step()
+
+
+def test_tables_name_the_candidate_the_users_before_the_shipped_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        candidates = ("small", "large", "static", "shipped")
+
+        def current_gpu(self) -> Gpu:
+            return Gpu(90, 132)
+
+        def why_not(self, problem: Problem, candidate: str, gpu: Gpu) -> str | None:
+            return "no permutation" if problem.permutation and candidate == "small" else None
+
+        def default(self, problem: Problem, gpu: Gpu) -> str:
+            return "static"
+
+    def row(m: int, kernel: str) -> Row:
+        best = Best(kernel, 1.0, 1.0, 1.0)
+        return Row(64, 128, "float16", m, plain=Best("plain", 1.0, 1.0, 1.0), programmatic=best, dense=best)
+
+    def table(*rows: Row) -> Table:
+        device = Device("GPU", 90, 132, "1", "13")
+        return Table(device, "1", "kernels", "2026-01-01", {row.key: row for row in rows})
+
+    monkeypatch.setattr(ops.kernels, "load", Library)
+    monkeypatch.setattr(ops, "tuned_table", lambda: table(row(4, "small"), row(16, "large")))
+    monkeypatch.setattr(ops, "shipped_table", lambda: None)
+    ops.candidate_for.cache_clear()
+    chosen = [ops.candidate_for(Problem(m, 64, 128)) for m in (1, 4, 5, 16, 17)]
+    assert chosen == ["small", "small", "large", "large", "static"]
+    assert ops.candidate_for(Problem(1, 64, 128, permutation=True)) == "static"
+    assert ops.candidate_for(Problem(1, 128, 128)) == "static"
+
+    monkeypatch.setattr(ops, "shipped_table", lambda: table(row(8, "shipped"), row(32, "of earlier kernels")))
+    ops.candidate_for.cache_clear()
+    assert ops.candidate_for(Problem(1, 64, 128)) == "small"
+    assert ops.candidate_for(Problem(1, 64, 128, permutation=True)) == "shipped"
+    assert ops.candidate_for(Problem(1, 64, 128, "bfloat16")) == "shipped"
+    assert ops.candidate_for(Problem(20, 64, 128)) == "static"
+    ops.candidate_for.cache_clear()
