@@ -4,7 +4,8 @@
    block in memory at a time, and the graph outputs of a prefill and a decode step. Errors accumulate here:
    each model runs on what its own earlier blocks gave.
 2. Fidelity (`evaluate.fidelity`): the ONNX files against PyTorch, and the engines against the ONNX files.
-3. Task level (`evaluate.perplexity`): perplexity, KL divergence and agreement on the evaluation text.
+3. Task level (`evaluate.perplexity`): perplexity, KL divergence and agreement on the evaluation text; tasks
+   of lm-eval (`evaluate.zeroshot`) on both checkpoints in PyTorch.
 
 Folding stores some tensors in another channel order; `fold_plan.json` says which, and it is undone here
 before anything is compared.
@@ -40,19 +41,13 @@ from esparse_trt.evaluate.runtimes import (
     quiet_polygraphy,
 )
 from esparse_trt.evaluate.sections import Undo, as_stored, block_index, run_sections
+from esparse_trt.evaluate.verify_record import Comparison, Fidelity, TaskLevel, VerifyRecord
+from esparse_trt.evaluate.zeroshot import zero_shot
 from esparse_trt.graph.feeds import PRESENT, cache_feed, token_feed
 from esparse_trt.graph.plan import load_plan, undo
 from esparse_trt.progress import note, track
 from esparse_trt.recipe import Recipe
-from esparse_trt.records import (
-    Comparison,
-    EngineRecord,
-    ExportRecord,
-    Fidelity,
-    PruneRecord,
-    TaskLevel,
-    VerifyRecord,
-)
+from esparse_trt.records import EngineRecord, ExportRecord, PruneRecord
 from esparse_trt.sections import TextSelf
 
 _TOKENS = 64  # of the text that graphs are compared on; the last one is a decode step
@@ -105,6 +100,7 @@ def verify(
     engine_checks, engines_skipped = compare_engines(folder, exported, engines, ids, LIMITS[exported.dtype])
     task = _task_level(dense, sparse, exported, windows, tokenizer) if windows is not None else None
     gate = recipe.verify.max_perplexity_ratio
+    tasks = recipe.verify.zeroshot
     return VerifyRecord(
         feed=feed,
         outputs=outputs,
@@ -115,7 +111,11 @@ def verify(
         task_skipped=None if task else "the recipe names no evaluation text (verify.text)",
         gate=gate,
         gate_passed=task.ratio <= gate if task and gate is not None else None,
-    )
+        zeroshot=zero_shot(
+            dense.checkpoint, sparse.checkpoint, tokenizer, tasks, models.resolve_device(recipe.prune.device),
+            trust_remote_code=recipe.model.trust_remote_code,
+        ) if tasks else None,
+    )  # fmt: skip
 
 
 def check_fidelity(record: VerifyRecord) -> None:

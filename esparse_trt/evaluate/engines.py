@@ -13,8 +13,9 @@ from esparse_trt.engine.runner import EngineRunner, choose_profile
 from esparse_trt.evaluate.fidelity import Limits, judge
 from esparse_trt.evaluate.figures import compare_arrays
 from esparse_trt.evaluate.runtimes import onnx_steps, run_steps
+from esparse_trt.evaluate.verify_record import Fidelity
 from esparse_trt.graph.feeds import cache_feed, token_feed
-from esparse_trt.records import EngineRecord, ExportRecord, Fidelity, TensorSpec
+from esparse_trt.records import EngineRecord, ExportRecord, TensorSpec
 
 
 def compare_engines(

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from esparse_trt.errors import CheckFailed
 from esparse_trt.evaluate.figures import compare_arrays
 from esparse_trt.evaluate.sections import SectionResult, block_index, block_of
-from esparse_trt.records import Comparison, Fidelity
+from esparse_trt.evaluate.verify_record import Comparison, Fidelity
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from esparse_trt.errors import CheckFailed, EsparseError
-from esparse_trt.records import Comparison
+from esparse_trt.evaluate.verify_record import Comparison
 
 _CHUNK = 1 << 20  # elements converted to float64 at a time
 

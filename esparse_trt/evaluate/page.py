@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from esparse_trt.evaluate import plots
+from esparse_trt.estimate.check import check
+from esparse_trt.evaluate import ablation_page, bench_text, plots
+from esparse_trt.evaluate.formats import environment, fixed, plural, size, tiny
 from esparse_trt.summary import plugin_use
 
 if TYPE_CHECKING:
     from esparse_trt.evaluate.report import Report
-    from esparse_trt.records import Comparison
+    from esparse_trt.evaluate.verify_record import Comparison
 
 
 class Check(NamedTuple):
@@ -27,23 +27,15 @@ class Check(NamedTuple):
 
 def render(facts: Report) -> str:
     """The page. Everything that comes from a recipe, a model or a file name is escaped."""
-    environment = Environment(
-        loader=PackageLoader("esparse_trt.evaluate"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "fixed": fixed, "percent": percent, "size": size, "tiny": tiny, "duration": duration, "count": count,
-        "plural": plural,
-    }  # fmt: skip
-    template = environment.get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     return template.render(
         report=facts,
         recipe_yaml=yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True),
         checks=_checks(facts),
         plots=_plots(facts),
+        ablation=ablation_page.facts(facts.ablation) if facts.ablation else None,
+        predicted=check(facts.bench) if facts.bench else [],
+        speed=[*bench_text.findings(facts.bench), *bench_text.facts(facts.bench)] if facts.bench else [],
     )
 
 
@@ -57,8 +49,8 @@ def _plots(facts: Report) -> dict[str, Markup]:
         drawn["kept"] = plots.kept_by_layer(facts.layers)
     for number, profile in enumerate(facts.prune.channels if facts.prune else []):
         drawn[f"channels-{number}"] = plots.channels(profile, number)
-    if facts.ablation and facts.ablation.rows:
-        drawn["ablation"] = plots.ablation(facts.ablation)
+    if facts.bench and facts.bench.cells:
+        drawn["crossover"] = plots.crossover(facts.bench)
     return {name: Markup(svg) for name, svg in drawn.items()}  # matplotlib escapes text
 
 
@@ -132,74 +124,3 @@ def _engine_check(facts: Report) -> Check:
     if facts.engine.runnable:
         return Check("Engines", True, text)
     return Check("Engines", True, f"{text}; not run here: {facts.engine.not_runnable}")
-
-
-# --- figures -------------------------------------------------------------------------------------------
-
-ABSENT = "\N{EN DASH}"
-
-
-def fixed(value: float | None, digits: int = 2) -> str:
-    """A decimal fraction with a fixed number of digits."""
-    return ABSENT if value is None else _special(value) or f"{value:,.{digits}f}"
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share in [0, 1] as a percentage."""
-    return ABSENT if value is None else _special(value) or f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def tiny(value: float | None) -> str:
-    """A small error: three significant digits, in scientific notation where that is shorter."""
-    if value is None:
-        return ABSENT
-    if special := _special(value):
-        return special
-    if value == 0:
-        return "0"
-    if 1e-3 <= abs(value) < 1e3:
-        return f"{value:#.3g}".rstrip(".")
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}".replace("-", "\N{MINUS SIGN}")
-
-
-def size(value: int | None) -> str:
-    """Bytes in binary units."""
-    if value is None:
-        return ABSENT
-    for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 1), ("GiB", 2), ("TiB", 2)):
-        scaled = value / 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(unit)
-        if scaled < 1024 or unit == "TiB":
-            return f"{scaled:.{digits}f}\N{NO-BREAK SPACE}{unit}"
-    raise AssertionError
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 60:
-        return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}\N{NO-BREAK SPACE}min {rest:02d}\N{NO-BREAK SPACE}s"
-    return f"{minutes // 60}\N{NO-BREAK SPACE}h {minutes % 60:02d}\N{NO-BREAK SPACE}min"
-
-
-def count(value: int | None) -> str:
-    """A whole number in groups of three digits; parameters in millions or billions."""
-    if value is None:
-        return ABSENT
-    for limit, unit in ((10**9, "B"), (10**6, "M")):
-        if value >= limit:
-            return f"{value / limit:.2f}\N{NO-BREAK SPACE}{unit}"
-    return f"{value:,}"
-
-
-def plural(number: int, noun: str) -> str:
-    """A number and its noun."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def _special(value: float) -> str | None:
-    if math.isnan(value):
-        return "NaN"
-    return ("\N{INFINITY}" if value > 0 else "\N{MINUS SIGN}\N{INFINITY}") if math.isinf(value) else None

@@ -20,7 +20,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from esparse_trt.records import Ablation, ChannelProfile, Comparison, LayerRecord
+from esparse_trt.evaluate.ablation import BASELINES, Ablation
+from esparse_trt.evaluate.bench_record import Bench
+from esparse_trt.evaluate.verify_record import Comparison
+from esparse_trt.records import ChannelProfile, LayerRecord
 
 INK, MUTED, GRID = "#0a0a01", "#0a0a02", "#0a0a03"
 WIDTH = 10.6  # inches; on a desktop the text of a drawing is then as large as that of the tables
@@ -133,23 +136,62 @@ def channels(profile: ChannelProfile, number: int) -> str:
 
 
 def ablation(table: Ablation) -> str:
-    """Log perplexity ratio of every ablation row, with its 95 % confidence interval where it is known."""
+    """Log perplexity ratio of every row, with its 95 % interval where it is known; KL divergence; seconds."""
     rows = sorted(table.rows, key=lambda row: row.ln_ratio, reverse=True)
+    colours = [SERIES[1] if row.name in BASELINES else SERIES[0] for row in rows]
+    panels = (
+        ("ln(perplexity / dense perplexity)", [row.ln_ratio for row in rows]),
+        ("KL(dense ‖ sparse), nats", [row.kl for row in rows]),
+        ("seconds of pruning", [row.seconds for row in rows]),
+    )
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        axes.barh(range(len(rows)), [row.ln_ratio for row in rows], color=SERIES[0], height=0.55, alpha=0.85)
+        drawn = figure.subplots(1, len(panels), sharey=True, width_ratios=(2, 1, 1))
+        for axes, (label, values) in zip(drawn, panels, strict=True):
+            axes.barh(range(len(rows)), values, color=colours, height=0.55, alpha=0.85)
+            axes.grid(visible=True, axis="x")
+            axes.grid(visible=False, axis="y")
+            axes.spines["left"].set_visible(False)
+            axes.set_xlabel(label)
         for y, row in enumerate(rows):
             if row.ln_ratio_ci95 is not None:
-                axes.errorbar(row.ln_ratio, y, xerr=row.ln_ratio_ci95, color=INK, elinewidth=1.1, capsize=2.5)
-        axes.set_yticks(range(len(rows)), [row.name for row in rows])
-        axes.tick_params(axis="y", labelcolor=INK)
-        axes.grid(visible=True, axis="x")
-        axes.grid(visible=False, axis="y")
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel("ln(sparse perplexity / dense perplexity); shorter is better")
+                drawn[0].errorbar(
+                    row.ln_ratio, y, xerr=row.ln_ratio_ci95, color=INK, elinewidth=1.1, capsize=2.5
+                )
+        drawn[0].set_yticks(range(len(rows)), [row.name for row in rows])
+        drawn[0].tick_params(axis="y", labelcolor=INK)
 
     return _svg("ablation", (WIDTH, 0.8 + 0.29 * len(rows)), draw)
+
+
+def crossover(bench: Bench) -> str:
+    """Speed-up of decoding over the batch, and of the first token over the tokens read: 1 is dense."""
+    panels = (  # title, cell's attribute on x, a line for each value of, cell's attribute on y
+        ("decoding", "batch", "prompt", "decode_speedup"),
+        ("first token", "prompt", "batch", "prefill_speedup"),
+    )
+
+    def draw(figure: Figure) -> None:
+        figures = figure.subplots(1, 2, sharey=True)
+        for axes, (title, x, group, y) in zip(figures, panels, strict=True):
+            for number, value in enumerate(sorted({getattr(cell, group) for cell in bench.cells})):
+                cells = [cell for cell in bench.cells if getattr(cell, group) == value]
+                line = sorted((getattr(cell, x), getattr(cell, y)) for cell in cells)
+                colour = SERIES[number % len(SERIES)]
+                axes.plot(
+                    *zip(*line, strict=True), color=colour, marker="o", ms=3.5, label=f"{group} {value}"
+                )
+            axes.axhline(1, color=INK, lw=1.1, ls=(0, (4, 2)))
+            ticks = sorted({getattr(cell, x) for cell in bench.cells})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.minorticks_off()
+            axes.set_title(title)
+            axes.set_xlabel(x)
+            axes.legend(loc="best", handlelength=1.2)
+        figures[0].set_ylabel("dense time / sparse time")
+
+    return _svg("crossover", (WIDTH, 3.3), draw)
 
 
 def _by_site(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:

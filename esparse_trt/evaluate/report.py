@@ -1,23 +1,26 @@
 """The accuracy-diff report: one self-contained page for people, and the same facts as JSON for machines.
 
-Both are made from the manifest alone (and `ablation.json`, where there is one), so a report can be written
-again at any time. What a partial build lacks is named as missing; nothing is filled in.
+Both are made from the manifest alone (and `ablation.json` and `bench.json`, where they are), so a report can
+be written again at any time. What a partial build lacks is named as missing; nothing is filled in.
 """
 
 from __future__ import annotations
 
 from math import exp
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from esparse_trt.artifacts import BuildDir, Manifest, load_ablation, write_atomic
+from esparse_trt.artifacts import BuildDir, Manifest, load_manifest, write_atomic
+from esparse_trt.errors import EsparseError
+from esparse_trt.evaluate.ablation import Ablation, load_ablation
+from esparse_trt.evaluate.bench_record import Bench, load_bench
 from esparse_trt.evaluate.page import render
-from esparse_trt.recipe import Recipe
+from esparse_trt.evaluate.verify_record import Comparison, TaskLevel, VerifyRecord
+from esparse_trt.recipe import Recipe, parse_recipe
 from esparse_trt.records import (
-    Ablation,
     CertifyRecord,
-    Comparison,
     DeployRecord,
     EngineRecord,
     ExportRecord,
@@ -27,8 +30,6 @@ from esparse_trt.records import (
     PruneRecord,
     Record,
     ReportRecord,
-    TaskLevel,
-    VerifyRecord,
 )
 
 NEEDED = ("prune", "export", "fold", "pack", "certify", "engine", "verify")  # `deploy` runs after the report
@@ -61,6 +62,15 @@ class Headline(Record):
         None, description="packed.onnx with its external data; null where nothing could be packed"
     )
     certified_tensors: int | None = None
+    decode_speedup: float | None = Field(
+        None, description="dense / sparse time of a token at the smallest batch and prompt measured"
+    )
+    prefill_speedup: float | None = Field(
+        None, description="dense / sparse time to the first token at the smallest batch, longest prompt"
+    )
+    weight_saving: float | None = Field(
+        None, description="share of the model's weight bytes on the GPU that is gone"
+    )
     fidelity_passed: bool | None = None
     gate_passed: bool | None = Field(None, description="null also when the recipe sets no quality gate")
 
@@ -102,19 +112,33 @@ class Report(Record):
     verify: VerifyRecord | None
     deploy: DeployRecord | None
     ablation: Ablation | None
+    bench: Bench | None
 
 
 def report(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> ReportRecord:
     """Write `report.html` and `report.json`.
 
     Raises:
-        EsparseError: a record of the manifest, or `ablation.json`, does not fit this version's schema.
+        EsparseError: a record of the manifest, `ablation.json` or `bench.json` does not fit this version.
     """
     facts = assemble(recipe, folder, manifest)
     page = render(facts)
     write_atomic(folder.report_json, facts.model_dump_json(indent=1, by_alias=True) + "\n")
     write_atomic(folder.report_html, page)
     return ReportRecord(html=folder.report_html.name, json_file=folder.report_json.name)
+
+
+def report_again(folder: Path) -> ReportRecord:
+    """The report of a build folder as it stands.
+
+    Raises:
+        EsparseError: it is no build folder, or whatever `report` raises.
+    """
+    build = BuildDir(folder)
+    manifest = load_manifest(build)
+    if manifest is None:
+        raise EsparseError("no build.json there", where=folder, fix="give the folder of a build")
+    return report(parse_recipe(manifest.recipe, base=build.root, where=build.manifest), build, manifest)
 
 
 def report_schema() -> dict[str, Any]:
@@ -131,6 +155,7 @@ def assemble(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Report:
     certified = _record(manifest, "certify", CertifyRecord)
     verified = _record(manifest, "verify", VerifyRecord)
     errors = {item.name: item for item in verified.layers} if verified else {}
+    bench = load_bench(folder.bench)
     stages = {
         name: StageTime(**entry.model_dump(exclude={"record"})) for name, entry in manifest.stages.items()
     }
@@ -142,7 +167,9 @@ def assemble(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Report:
         fingerprint=manifest.fingerprint,
         recipe=manifest.recipe,
         environment=manifest.environment,
-        headline=_headline(pruned, exported, folded, packed, certified, verified),
+        headline=Headline(
+            **_headline(pruned, exported, folded, packed, certified, verified), **_speed(bench)
+        ),
         layers=[
             LayerRow(**layer.model_dump(), error=errors.get(layer.name))
             for layer in (pruned.layers if pruned else [])
@@ -157,7 +184,8 @@ def assemble(recipe: Recipe, folder: BuildDir, manifest: Manifest) -> Report:
         engine=_record(manifest, "engine", EngineRecord),
         verify=verified,
         deploy=_record(manifest, "deploy", DeployRecord),
-        ablation=load_ablation(folder),
+        ablation=load_ablation(folder.ablation),
+        bench=bench,
     )
 
 
@@ -172,7 +200,7 @@ def _headline(
     packed: PackRecord | None,
     certified: CertifyRecord | None,
     verified: VerifyRecord | None,
-) -> Headline:
+) -> dict[str, Any]:
     """The figures of whichever stages have run."""
     facts: dict[str, Any] = {}
     if pruned:
@@ -206,7 +234,20 @@ def _headline(
                 "kl_divergence": task.kl_divergence,
                 "top1_agreement": task.top1_agreement,
             }
-    return Headline(**facts)
+    return facts
+
+
+def _speed(bench: Bench | None) -> dict[str, Any]:
+    """The figures of `bench.json`."""
+    if bench is None or not bench.cells:
+        return {}
+    least = min(cell.batch for cell in bench.cells)
+    row = [cell for cell in bench.cells if cell.batch == least]
+    return {
+        "decode_speedup": min(row, key=lambda cell: cell.prompt).decode_speedup,
+        "prefill_speedup": max(row, key=lambda cell: cell.prompt).prefill_speedup,
+        "weight_saving": bench.weight_saving,
+    }
 
 
 def _interval(task: TaskLevel) -> tuple[float, float] | None:

@@ -1,11 +1,13 @@
 """Seconds and peak memory of every pruning method on one decoder block with the shapes of LLaMA-7B.
 
-    python3 tests/benchmarks/methods_7b.py [--tokens 262144] [--out methods_7b.json]
+    python3 tests/benchmarks/methods_7b.py [--only permutation] [--tokens 262144] [--out FILE]
 
 Weights are random and inputs correlated, with uneven channels. Every method is timed over the four sites of
 the block (qkv, o, gate_up, down) with what it needs at hand: weights and statistics on the device. Then whole
 blocks are pruned end to end from a one-block checkpoint, streaming of the calibration text included. Each
-figure is the second of two runs, but for those above ten seconds, which are run once.
+figure is the second of two runs, but for those above ten seconds, which are run once. Rows are written as
+they come, and replace those of the same name in the file. `kept` is the share of squared Wanda scores that
+a 2:4 mask keeps after the permutation, mean over the sites.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,11 +28,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from esparse_trt.sections import PermuteSection, PruneSection, ScoreSection, UpdateSection
 from esparse_trt.sparsity import permute
-from esparse_trt.sparsity.pattern import Pattern, nm_mask
+from esparse_trt.sparsity.pattern import Pattern, kept_score, nm_mask
 from esparse_trt.sparsity.prune import prune_model
 from esparse_trt.sparsity.score import ChannelStatistics, error, score
 from esparse_trt.sparsity.update import update
 
+T = TypeVar("T")
+
+KINDS = ("score, mask", "permutation", "update", "whole block")
 HIDDEN, INNER, HEADS = 4096, 11008, 32
 SITES = {
     "qkv": (3 * HIDDEN, HIDDEN),
@@ -39,19 +46,24 @@ SITES = {
 PATTERN = Pattern(2, 4)
 SCORES = ("magnitude", "wanda", "ria", "e_sparse", "obd", "obs")
 PERMUTATIONS: dict[str, dict[str, Any]] = {
+    "none": {"global": "none", "local": None},
     "global": {"local": None},
     "global, local 256": {},
     "global, local full width": {"local": {"block": "full"}},
+    "local full width": {"global": "none", "local": {"block": "full"}},
+    "global, assignment": {"local": None, "assign": 1},
+    "global, local full width, assignment": {"local": {"block": "full"}, "assign": 1},
 }
-ASSIGNMENT = {"local": None, "assign": 1}  # last: its solver runs on one CPU core for a minute and more
 UPDATES: dict[str, dict[str, Any]] = {
-    "SparseGPT": {"sweep": "column", "refit": 0},
-    "obs, group sweep": {"refit": 0},
-    "obs, group sweep, refit": {},
-    "obs, fixed mask, refit": {"mask": "fixed"},
+    "SparseGPT": {"descent": 0, "refit": 0},
+    "obs, no descent": {"descent": 0},
+    "obs, no refit": {"refit": 0},
+    "obs": {},
+    "obs, fixed mask": {"mask": "fixed"},
 }
 BLOCKS: dict[str, dict[str, Any]] = {
     "e_sparse": {},
+    "e_sparse, local full width": {"permute": {"local": {"block": "full"}}},
     "wanda, obs": {"score": {"method": "wanda"}, "update": {"method": "obs"}},
     "wanda, obs, 50 steps of recovery": {
         "score": {"method": "wanda"}, "update": {"method": "obs"}, "recover": {"steps": 50},
@@ -62,52 +74,70 @@ BLOCKS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=128 * 2048, help="calibration tokens of whole blocks")
-    parser.add_argument("--out", type=Path, default=Path("methods_7b.json"))
+    parser.add_argument("--only", choices=KINDS, action="append", help="kinds of rows; default: all")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "methods_7b.json")
     arguments = parser.parse_args()
+    kinds = arguments.only or KINDS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}")
-    rows: list[dict[str, Any]] = []
+    table = Results(arguments.out, torch.cuda.get_device_name() if device.type == "cuda" else "CPU")
+    block = _block(device) if set(kinds) != {"whole block"} else {}
+    if "score, mask" in kinds:
+        for method in SCORES:
+            table.measure("score, mask", method, partial(_masks, block, method))
+    if "permutation" in kinds:
+        for method, changes in PERMUTATIONS.items():
+            section = PermuteSection.model_validate(changes)
+            found = table.measure("permutation", method, partial(_permutations, block, section))
+            table.add(kept=round(_kept(block, found), 6))
+    if "update" in kinds:
+        for method, changes in UPDATES.items():
+            settings = UpdateSection.model_validate({"method": "obs"} | changes)
+            table.measure("update", method, partial(_update, block, settings))
+    block.clear()
+    if "whole block" in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            windows = _checkpoint(Path(folder), arguments.tokens)
+            for method, changes in BLOCKS.items():
+                whole = PruneSection.model_validate(changes)
+                table.measure("whole block", method, partial(prune_model, Path(folder), windows, whole))
+                table.add(tokens=windows.numel())
 
-    def measure(what: str, method: str, work: Callable[[], object]) -> None:
+
+class Results:
+    """The rows of the file, by what was measured."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path, self.device = path, device
+        stored = json.loads(path.read_text()) if path.exists() else {"device": device, "rows": []}
+        self.rows = stored["rows"] if stored["device"] == device else []
+        print(f"{device}, torch {torch.__version__}")
+
+    def measure(self, what: str, method: str, work: Callable[[], T]) -> T:
+        """Time the work, twice if it is short, and store the second time and the peak of device memory."""
+        gpu = torch.cuda.is_available()
         for _ in range(2):
-            if device.type == "cuda":
+            if gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             start = time.monotonic()
-            work()
-            if device.type == "cuda":
+            result = work()
+            if gpu:
                 torch.cuda.synchronize()
             seconds = time.monotonic() - start
             if seconds > 10:
                 break
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-        rows.append(
-            {"what": what, "method": method, "seconds": round(seconds, 4), "peak_gib": round(peak, 2)}
-        )
-        arguments.out.write_text(
-            json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1)
-        )
+        peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
+        self.rows = [row for row in self.rows if (row["what"], row["method"]) != (what, method)]
+        self.rows.append({"what": what, "method": method})
+        self.add(seconds=round(seconds, 4), peak_gib=round(peak, 2), torch=torch.__version__)
         print(f"{what:12} {method:36} {seconds:8.3f} s {peak:6.2f} GiB", flush=True)
+        return result
 
-    block = _block(device)
-    for method in SCORES:
-        measure("score, mask", method, lambda method=method: _masks(block, method))  # type: ignore[misc]
-    for method, changes in UPDATES.items():
-        settings = UpdateSection.model_validate({"method": "obs"} | changes)
-        measure("update", method, lambda settings=settings: _update(block, settings))  # type: ignore[misc]
-    for method, changes in PERMUTATIONS.items():
-        section = PermuteSection.model_validate(changes)
-        measure("permutation", method, lambda section=section: _permutations(block, section))  # type: ignore[misc]
-    block.clear()
-    with tempfile.TemporaryDirectory() as folder:
-        windows = _checkpoint(Path(folder), arguments.tokens)
-        for method, changes in BLOCKS.items():
-            whole = PruneSection.model_validate(changes)
-            measure("whole block", method, lambda whole=whole: prune_model(Path(folder), windows, whole))  # type: ignore[misc]
-    block = _block(device)
-    section = PermuteSection.model_validate(ASSIGNMENT)
-    measure("permutation", "global, assignment", lambda: _permutations(block, section))
+    def add(self, **facts: Any) -> None:
+        """Facts of the last row."""
+        self.rows[-1] |= facts
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps({"device": self.device, "rows": self.rows}, indent=1) + "\n")
 
 
 def _block(device: torch.device) -> dict[str, tuple[Tensor, ChannelStatistics]]:
@@ -137,13 +167,25 @@ def _masks(block: dict[str, tuple[Tensor, ChannelStatistics]], method: str) -> N
         nm_mask(_scores(weight, statistics, method), PATTERN)
 
 
-def _permutations(block: dict[str, tuple[Tensor, ChannelStatistics]], section: PermuteSection) -> None:
+def _wanted(weight: Tensor, statistics: ChannelStatistics) -> Tensor:
+    return error(_scores(weight, statistics, "wanda"), ScoreSection(method="wanda"))
+
+
+def _permutations(
+    block: dict[str, tuple[Tensor, ChannelStatistics]], section: PermuteSection
+) -> dict[str, Tensor]:
+    found = {}
     for name, (weight, statistics) in block.items():
-        wanted = error(_scores(weight, statistics, "wanda"), ScoreSection(method="wanda"))
+        wanted = _wanted(weight, statistics)
         if name == "o":
-            permute.choose_heads(wanted, PATTERN, section, heads=HEADS, kv_heads=HEADS)
+            found[name] = permute.choose_heads(wanted, PATTERN, section, heads=HEADS, kv_heads=HEADS).final
         else:
-            permute.choose(wanted.unsqueeze(0), PATTERN, section)
+            found[name] = permute.choose(wanted.unsqueeze(0), PATTERN, section).final[0]
+    return found
+
+
+def _kept(block: dict[str, tuple[Tensor, ChannelStatistics]], found: dict[str, Tensor]) -> float:
+    return fmean(kept_score(_wanted(*block[name])[:, order], PATTERN) for name, order in found.items())
 
 
 def _update(block: dict[str, tuple[Tensor, ChannelStatistics]], section: UpdateSection) -> None:

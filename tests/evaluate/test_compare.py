@@ -17,11 +17,12 @@ from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import CheckFailed, EsparseError
 from esparse_trt.evaluate.compare import check_fidelity, check_gate, verify
 from esparse_trt.evaluate.perplexity import compare_distributions, torch_logits
+from esparse_trt.evaluate.verify_record import VerifyRecord
 from esparse_trt.graph.export import export
 from esparse_trt.graph.fold import fold
 from esparse_trt.model import load_tokenizer
 from esparse_trt.recipe import Recipe, load_recipe, parse_recipe
-from esparse_trt.records import EngineRecord, ExportRecord, PruneRecord, VerifyRecord
+from esparse_trt.records import EngineRecord, ExportRecord, PruneRecord
 from esparse_trt.sections import TextSelf
 from esparse_trt.sparsity.prune import prune
 from esparse_trt.text import evaluation_windows

@@ -17,7 +17,8 @@ from esparse_trt.evaluate.engines import compare_engines
 from esparse_trt.evaluate.fidelity import LIMITS, Limits, _float32, compare_with_torch, explain, judge
 from esparse_trt.evaluate.runtimes import Steps, run_steps
 from esparse_trt.evaluate.sections import SectionResult, block_of
-from esparse_trt.records import Comparison, EngineFile, EngineRecord, ExportRecord, TensorSpec
+from esparse_trt.evaluate.verify_record import Comparison
+from esparse_trt.records import EngineFile, EngineRecord, ExportRecord, TensorSpec
 
 
 def error(name: str, relative_l2: float) -> Comparison:

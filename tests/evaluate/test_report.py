@@ -14,31 +14,31 @@ import pytest
 
 from esparse_trt.artifacts import BuildDir, Manifest, StageEntry
 from esparse_trt.errors import EsparseError
-from esparse_trt.evaluate import page, plots
+from esparse_trt.evaluate import formats, plots
+from esparse_trt.evaluate.ablation import Ablation, AblationRow
 from esparse_trt.evaluate.report import Report, assemble, report, report_schema
+from esparse_trt.evaluate.verify_record import Comparison, Fidelity, TaskLevel, VerifyRecord
 from esparse_trt.recipe import Recipe, parse_recipe
 from esparse_trt.records import (
-    Ablation,
-    AblationRow,
     CertifiedTensor,
     CertifyRecord,
     ChannelProfile,
-    Comparison,
     EngineFile,
     EngineLayer,
     EngineRecord,
     ExportRecord,
-    Fidelity,
     FoldRecord,
     KeptScore,
+    LayerChoice,
     LayerRecord,
     PackRecord,
     PruneRecord,
+    Reason,
     Record,
-    TaskLevel,
+    SiteCost,
     TensorSpec,
-    VerifyRecord,
 )
+from esparse_trt.sections import BudgetSection
 
 SITES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -178,7 +178,7 @@ def make_ablation() -> Ablation:
                     ln_ratio_ci95=ci, kl=ppl / 100, top1=0.8, seconds=31.0)
         for name, settings, ppl, ci in [
             ("e_sparse", {}, 27.891, 0.004),
-            ("entropy off", {"prune.score.entropy": False}, 28.4, 0.005),
+            ("entropy off", {"score.information": "none"}, 28.4, 0.005),
             ("global sorted", {"prune.permute.global": "sort"}, 28.2, None),
             ("magnitude", {"prune.score.method": "magnitude"}, 39.5, 0.01),
         ]
@@ -278,13 +278,36 @@ def test_every_layer_is_a_row_with_its_own_error(full):
         assert shown[1] == layer["site"]
         assert shown[2] == f"{layer['shape'][0]} × {layer['shape'][1]}"
         if layer["pattern"]:
-            assert shown[8] == page.tiny(
+            assert shown[8] == formats.tiny(
                 error_of(LayerRecord(**{k: v for k, v in layer.items() if k != "error"}))
             )
             assert float(shown[7]) == pytest.approx(layer["kept"]["final"], abs=1e-4)
         else:
             assert shown[3] == "dense: excluded by the recipe"
-            assert shown[5:] == [page.ABSENT] * 5
+            assert shown[5:] == [formats.ABSENT] * 5
+
+
+def test_a_choice_of_layers_is_listed_with_its_reasons(full):
+    recipe, folder, _ = full
+    sites = [
+        SiteCost(site="model.layers.0.mlp.down_proj", layers=["model.layers.0.mlp.down_proj"],
+                 parameters=196_608, kept=0.9123, nats=0.4567, nats_4_8=0.1234, gain=0.031, pattern=pattern,
+                 reason=reason)
+        for pattern, reason in (("2:4", None), (None, "prune.budget: its site costs 0.4567 nats"))
+    ]  # fmt: skip
+    choice = LayerChoice(ln_ratio=0.321, speedup=1.357, speed_of="bytes of weights", sites=sites)
+    budget = BudgetSection(perplexity_ratio=1.4, speedup=1.3, sensitive="4:8")
+    section = recipe.prune.model_copy(update={"budget": budget})
+    recipe = recipe.model_copy(update={"prune": section})
+    records = make_records()
+    records["prune"] = records["prune"].model_copy(update={"choice": choice})
+    html, data = write(recipe, folder, make_manifest(recipe, records))
+    assert data["prune"]["choice"]["sites"][1]["pattern"] is None
+    assert "perplexity at most 1.4, linear layers at least 1.3 times as fast" in html.text
+    assert "ln ratio 0.3210, speed-up 1.357 (bytes of weights)" in html.text
+    rows = [row for row in html.rows if row and row[0] == "model.layers.0.mlp.down_proj" and "0.4567" in row]
+    assert [row[7] for row in rows] == ["2:4", "dense"]
+    assert rows[1][2:7] == ["0.9123", "0.4567", "0.1234", "2.3229", "3.1 %"] and "costs 0.4567" in rows[1][8]
 
 
 @pytest.mark.parametrize("missing", ["prune", "export", "fold", "certify", "engine", "verify"])
@@ -334,7 +357,7 @@ def test_everything_foreign_is_escaped(full, tmp_path):
     ]
     profile = make_channels(evil)
     records["prune"] = records["prune"].model_copy(update={"layers": layers, "channels": [profile]})
-    layer = EngineLayer(name=evil, sparse=True, choices=evil, reason=evil)
+    layer = EngineLayer(name=evil, kernel="plugin", code=Reason.faster, choices=evil, reason=evil)
     sparse = records["engine"].sparse.model_copy(update={"layers": [layer]})
     changes = {"not_runnable": evil, "no_plugin": evil, "sparse": sparse}
     records["engine"] = records["engine"].model_copy(update=changes)
@@ -408,7 +431,7 @@ def test_wrong_ablation_file_and_foreign_record_are_clear_errors(full):
     ],
 )
 def test_small_errors_are_readable(value, text):
-    assert page.tiny(value) == text
+    assert formats.tiny(value) == text
 
 
 @pytest.mark.parametrize(
@@ -416,11 +439,11 @@ def test_small_errors_are_readable(value, text):
     [(512, "512 B"), (1024, "1.0 KiB"), (12 << 20, "12.0 MiB"), (3 << 30, "3.00 GiB"), (5 << 40, "5.00 TiB")],
 )
 def test_sizes_are_binary(value, text):
-    assert page.size(value).replace("\N{NO-BREAK SPACE}", " ") == text
+    assert formats.size(value).replace("\N{NO-BREAK SPACE}", " ") == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (61, "1 min 01 s"), (3720, "1 h 02 min")]
 )
 def test_durations_are_for_people(value, text):
-    assert page.duration(value).replace("\N{NO-BREAK SPACE}", " ") == text
+    assert formats.duration(value).replace("\N{NO-BREAK SPACE}", " ") == text
