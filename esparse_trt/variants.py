@@ -18,13 +18,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from esparse_trt.errors import EsparseError
+from esparse_trt.evaluate.ablation import BASELINES
 from esparse_trt.recipe_errors import describe
 from esparse_trt.recipe_file import read_yaml
 from esparse_trt.sections import LocalShuffle, PruneSection
 
 _UNPERMUTED = {"global": "none", "local": None, "residual": "none"}
 _OBS = {"method": "obs"}
-_SPARSEGPT = {"method": "obs", "sweep": "column", "refit": 0, "correct": 0.0}
+_SPARSEGPT = {"method": "obs", "descent": 0, "refit": 0, "correct": 0.0}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ VARIANTS = (
     Variant("obs, sparsegpt with shuffles", {"update": _SPARSEGPT}),
     Variant("obs, without correction", {"update": {**_OBS, "correct": 0.0}}),
     Variant("obs, without refit", {"update": {**_OBS, "refit": 0}}),
-    Variant("obs, column sweep", {"update": {**_OBS, "sweep": "column"}}),
+    Variant("obs, without descent", {"update": {**_OBS, "descent": 0}}),
     Variant("obs, fixed mask", {"update": {**_OBS, "mask": "fixed"}}),
     Variant("obs, permuted for obs", {"score": {"method": "obs"}, "update": _OBS}),
     Variant("obs, local full width", {"permute": {"local": {"block": "full"}}, "update": _OBS}),
@@ -91,7 +92,7 @@ def choose(
 
 
 def load_grid(path: Path) -> tuple[Variant, ...]:
-    """Read a grid file.
+    """Read a grid file; baselines that it does not name come first.
 
     Raises:
         EsparseError: it is not a mapping of names to changes.
@@ -103,7 +104,8 @@ def load_grid(path: Path) -> tuple[Variant, ...]:
             where=path,
             fix="write, for example,  wanda: { score: { method: wanda } }",
         )
-    return tuple(Variant(str(name), changes) for name, changes in data.items())
+    baselines = [variant for variant in VARIANTS if variant.name in BASELINES and variant.name not in data]
+    return (*baselines, *(Variant(str(name), changes) for name, changes in data.items()))
 
 
 def section(base: PruneSection, variant: Variant) -> PruneSection:

@@ -284,6 +284,7 @@ def gguf_file(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges(merges)
     writer.add_bos_token_id(0)
+    writer.add_add_bos_token(False)
     writer.add_eos_token_id(1)
     random = np.random.default_rng(0)
     shapes = {"token_embd.weight": (len(tokens), hidden), "output_norm.weight": (hidden,)}
@@ -317,7 +318,9 @@ def test_a_gguf_file_becomes_an_ordinary_fp16_folder_once(gguf_file: Path, tmp_p
     assert path == build.source
     config = model.load_config(path)
     assert (config.model_type, config.hidden_size, config.num_key_value_heads) == ("qwen2", 64, 2)
-    model.check_vocabulary(model.load_tokenizer(path), config)
+    tokenizer = model.load_tokenizer(path)
+    model.check_vocabulary(tokenizer, config)
+    assert (tokenizer.bos_token, tokenizer.eos_token_id) == (None, 1)  # no text begins with it, the file says
     model.check_weights(path)
     stored = dict(model.iterate_tensors(path))
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}

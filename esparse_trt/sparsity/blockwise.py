@@ -6,13 +6,13 @@ rotary embeddings, ALiBi) is whatever the model itself passes: its forward runs 
 with blocks that do nothing but write down their arguments.
 
 Memory: one block in the compute dtype, and the hidden states of the whole calibration text, samples · length
-· hidden, in host memory; where weights are fitted to the dense model, its own too. The
-compute dtype is float32 on a CPU and the checkpoint's own dtype on a GPU.
+· hidden, in host memory; where weights are fitted to the dense model, its own too, and a copy of the block's
+weights on the device. The compute dtype is float32 on a CPU and the checkpoint's own dtype on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,8 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class _AllBlocksSeen(Exception):
-    """Ends the forward that only writes down arguments."""
+class _Enough(Exception):
+    """Ends a forward of which the rest is not needed."""
 
 
 class BlockwiseModel:
@@ -133,23 +133,48 @@ class BlockwiseModel:
         output = self._blocks[index](hidden, *call.args, **call.kwargs)
         return output[0] if self.family.block_returns == "tuple" else output
 
-    def run(self, index: int) -> Iterator[int]:
-        """Run a resident block over all batches of `hidden`, yielding their numbers."""
+    @torch.no_grad()
+    def reach(self, index: int, hidden: Tensor, last: str | None) -> None:
+        """Run a resident block for what its hooks see, up to the linear layer `last`; None: all of it."""
+
+        def stop(*_: object) -> None:
+            raise _Enough
+
+        handle = linear(self.model, last).register_forward_hook(stop) if last else None
+        try:
+            self.forward(index, hidden)
+        except _Enough:
+            pass
+        finally:
+            if handle:
+                handle.remove()
+
+    def run(self, index: int, last: str | None = None) -> Iterator[int]:
+        """Let a resident block reach `last` for all batches of `hidden`, yielding their numbers."""
         assert self.hidden is not None
         for number, hidden in enumerate(self.hidden.split(self.batch_size)):
-            with torch.no_grad():
-                self.forward(index, hidden.to(self.device))
+            self.reach(index, hidden.to(self.device), last)
             yield number
 
-    def run_pairs(self, index: int) -> Iterator[int]:
-        """Run a resident block over each batch of `dense` and then the same batch of `hidden`."""
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of `dense` and of `hidden`, on the device."""
         assert self.hidden is not None and self.dense is not None
-        batches = zip(self.dense.split(self.batch_size), self.hidden.split(self.batch_size), strict=True)
-        for number, pair in enumerate(batches):
-            with torch.no_grad():
-                for hidden in pair:
-                    self.forward(index, hidden.to(self.device))
-            yield number
+        streams = (stream.split(self.batch_size) for stream in (self.dense, self.hidden))
+        for dense, hidden in zip(*streams, strict=True):
+            yield dense.to(self.device), hidden.to(self.device)
+
+    @contextmanager
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Linear layers with other weights [N, K] for a while."""
+        layers = {name: linear(self.model, name) for name in weights}
+        own = {name: layer.weight.data for name, layer in layers.items()}
+        try:
+            for name, layer in layers.items():
+                layer.weight.data = weights[name]
+            yield
+        finally:
+            for name, layer in layers.items():
+                layer.weight.data = own[name]
 
     @torch.no_grad()
     def advance(self, index: int, stream: Tensor) -> None:
@@ -227,7 +252,7 @@ class BlockwiseModel:
             inputs.append(hidden_states)
             calls.append(Call(args, kwargs))
             if len(calls) == self.blocks:
-                raise _AllBlocksSeen
+                raise _Enough
             return (hidden_states,) if self.family.block_returns == "tuple" else hidden_states
 
         for block in self._blocks:
@@ -235,32 +260,12 @@ class BlockwiseModel:
         try:
             with torch.no_grad():
                 self.model.base_model(ids, use_cache=False)
-        except _AllBlocksSeen:
+        except _Enough:
             pass
         finally:
             for block in self._blocks:
                 del block.forward
         return inputs[0], calls
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that `prune.device` names; `auto` is CUDA where there is any.
-
-    Raises:
-        EsparseError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise EsparseError(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}",
-            where="prune.device",
-            fix="set prune.device to auto or cpu",
-        ) from error
-    return device
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:

@@ -122,35 +122,13 @@ class ChannelMoments:
         return torch.where(range_.high > range_.low, divergence.clamp_min(0), 0)
 
 
-class CrossProduct:
-    """Dᵀ X [K, K] of a layer's inputs D in the dense model and X behind pruned blocks, which come in turn."""
-
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.product = torch.zeros(channels, channels, device=device)
-        self.tokens = 0
-        self._dense: Tensor | None = None
-
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Take in D, or the X that belongs to the last one, [T, K]."""
-        if self._dense is None:
-            self._dense = x.float()
-        else:
-            self.product.addmm_(self._dense.T, x.float())
-            self._dense = None
-            self.tokens += len(x)
-
-    def is_finite(self) -> bool:
-        """Whether no NaN or Inf was seen."""
-        return bool(self.product.isfinite().all())
-
-
 def _bin(x: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
     """Which of `bins` equal bins between low and high; the first where those are equal."""
     width = torch.where(high > low, high - low, 1)
     return ((x - low) / width * bins).long().clamp_(0, bins - 1)
 
 
-Accumulators = dict[str, ChannelRange] | dict[str, ChannelMoments] | dict[str, CrossProduct]
+Accumulators = dict[str, ChannelRange] | dict[str, ChannelMoments]
 
 
 def collect(
@@ -188,19 +166,6 @@ def collect(
     }
     _stream(readers, moments, run)
     return {name: moment.statistics() for name, moment in moments.items()}
-
-
-def cross_products(
-    readers: dict[str, nn.Linear], run_pairs: Callable[[], Iterable[int]]
-) -> dict[str, Tensor]:
-    """Dᵀ X of each site; `run_pairs` runs every batch of the dense model and then that of the pruned one.
-
-    Raises:
-        EsparseError: as `collect`.
-    """
-    products = {name: CrossProduct(layer.in_features, layer.weight.device) for name, layer in readers.items()}
-    _stream(readers, products, run_pairs)
-    return {name: product.product for name, product in products.items()}
 
 
 def _stream(

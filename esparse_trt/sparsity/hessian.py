@@ -28,13 +28,10 @@ def factor(hessian: Tensor, damping: float, where: str = "hessian") -> tuple[Ten
     """
     # H = R Rᵀ with R upper is the ordinary factorisation of H with both axes reversed; then U = R⁻¹. One
     # factorisation, and no inverse that would have to be factored again.
-    scale = hessian.diagonal().mean()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # no input ever: any weight is as good
-    eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     while damping <= _MOST_DAMPING:
-        reversed_ = (hessian + damping * scale * eye).flip(0, 1)
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping).flip(0, 1))
         if not failed:
+            eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
             upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
             if bool(upper.isfinite().all()):
                 return upper, damping
@@ -47,23 +44,11 @@ def factor(hessian: Tensor, damping: float, where: str = "hessian") -> tuple[Ten
     )
 
 
-def corrected(
-    weight: Tensor, hessian: Tensor, cross: Tensor, share: float, damping: float, where: str
-) -> Tensor:
-    """W' [N, K], which puts out behind pruned blocks what W does in the dense model, part of the way there.
-
-    The layer reads X where it has D in the dense model. ‖W' Xᵀ − W Dᵀ‖² is least for W' = W Dᵀ X H⁻¹. Of that
-    W' = W + share · W (Dᵀ X − H) H⁻¹ takes a share: all of it shrinks the outputs, as regression on noisy
-    inputs does. Asymmetric calibration as in GPTAQ (arXiv 2504.02692), there for quantisation; the share is
-    our own.
-
-    Args:
-        weight: [N, K].
-        cross: Dᵀ X [K, K].
-    """
-    upper, _ = factor(hessian, damping, where)
-    weight = weight.to(hessian.dtype)
-    return weight + share * (weight @ (cross - hessian) @ upper.mT @ upper)
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H + δ·mean(diag H)·I; δ·I where no input ever was anything but 0, so that any weight is as good."""
+    scale = hessian.diagonal().mean()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return hessian + torch.diag((damping * scale).expand(len(hessian)))
 
 
 def curvature(hessian: Tensor, damping: float) -> Tensor:

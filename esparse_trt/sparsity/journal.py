@@ -2,7 +2,7 @@
 
     head.json                   the fingerprint: what the steps depend on
     calibration.safetensors     the calibration tokens
-    costs.json                  what each site costs and which stay dense, under a budget
+    choice.json                 what each site costs and which stay dense, under a budget
     shared.safetensors          permutations of the residual stream, under `residual: shared`
     block-00012.safetensors     masks (one bit a weight), re-fitted values, permutations and records of a step
     hidden-00012.safetensors    hidden states after that step; only the latest is kept
@@ -23,18 +23,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from esparse_trt.artifacts import write_atomic
 from esparse_trt.errors import EsparseError
-from esparse_trt.records import ChannelProfile, LayerRecord, RecoverRecord, SiteCost
+from esparse_trt.records import ChannelProfile, LayerChoice, LayerRecord, RecoverRecord
 from esparse_trt.sparsity.permute import Choice
 from esparse_trt.sparsity.pruned import Pruned
-
-_COSTS = TypeAdapter(list[SiteCost])
 
 
 class Journal:
@@ -146,13 +143,13 @@ class Journal:
             record = RecoverRecord.model_validate_json(file.metadata()["record"])
         return Pruned(values=load_file(self._distilled), recovered=[record])
 
-    def save_costs(self, costs: list[SiteCost]) -> None:
-        """Keep what the sites cost."""
-        write_atomic(self._costs, _COSTS.dump_json(costs).decode())
+    def save_layers(self, choice: LayerChoice) -> None:
+        """Keep the choice of layers."""
+        write_atomic(self._layers, choice.model_dump_json())
 
-    def costs(self) -> list[SiteCost] | None:
-        """What the sites cost, None if that was not measured yet."""
-        return _COSTS.validate_json(self._costs.read_bytes()) if self._costs.exists() else None
+    def layers(self) -> LayerChoice | None:
+        """The choice of layers, None if it was not made yet."""
+        return LayerChoice.model_validate_json(self._layers.read_bytes()) if self._layers.exists() else None
 
     def save_tokens(self, windows: Tensor) -> None:
         """Keep the calibration tokens."""
@@ -173,8 +170,8 @@ class Journal:
         return Choice(**load_file(file)) if file.exists() else None
 
     @property
-    def _costs(self) -> Path:
-        return self.root / "costs.json"
+    def _layers(self) -> Path:
+        return self.root / "choice.json"
 
     @property
     def _distilled(self) -> Path:

@@ -27,11 +27,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """A site of one block (`block` None: outside the blocks) with its layers."""
+    """A site of one block (`block` None: outside the blocks) with its layers, and what they are pruned to."""
 
     site: Site
     block: int | None
     layers: tuple[Layer, ...]
+    pattern: Pattern
 
     @property
     def name(self) -> str:
@@ -63,30 +64,34 @@ def plan_layers(
     pattern: Pattern,
     selection: LayerSelection,
     dense: Mapping[str, str] = MappingProxyType({}),
+    patterns: Mapping[str, Pattern] = MappingProxyType({}),
 ) -> Plan:
     """Find the model's linear layers and decide which are pruned.
 
     Args:
         dense: layers that are not pruned although they are selected, each with the reason.
+        patterns: of the sites that are pruned to another one, by the names of their layers.
 
     Raises:
         EsparseError: nothing is selected, or the pattern does not divide K of a selected layer.
     """
     blocks = tuple(
-        tuple(_plan_site(model, site, index, selection, dense) for site in model.family.sites)
+        tuple(
+            _plan_site(model, site, index, pattern, selection, dense, patterns) for site in model.family.sites
+        )
         for index in range(model.blocks)
     )
     known = {layer.name for block in blocks for site in block for layer in site.layers}
     outside = [
-        _plan_outside(model, name, module, selection, dense)
+        _plan_outside(model, name, module, patterns.get(name, pattern), selection, dense)
         for name, module in model.model.named_modules()
         if isinstance(module, nn.Linear) and name not in known
     ]
     head = next((site for site in outside if site.pruned), None)
     plan = Plan(blocks, head, tuple(site for site in outside if site is not head))
-    pruned = [layer for site in _sites(plan) for layer in site.pruned]
-    for layer in pruned:
-        pattern.check(layer.shape[1], layer.name)
+    pruned = [(site.pattern, layer) for site in _sites(plan) for layer in site.pruned]
+    for its_pattern, layer in pruned:
+        its_pattern.check(layer.shape[1], layer.name)
     if not pruned:
         raise EsparseError(
             f"include {selection.include} and exclude {selection.exclude} leave no linear layer to prune",
@@ -102,20 +107,28 @@ def _sites(plan: Plan) -> list[PlannedSite]:
 
 
 def _plan_site(
-    model: BlockwiseModel, site: Site, index: int, selection: LayerSelection, dense: Mapping[str, str]
+    model: BlockwiseModel,
+    site: Site,
+    index: int,
+    pattern: Pattern,
+    selection: LayerSelection,
+    dense: Mapping[str, str],
+    patterns: Mapping[str, Pattern],
 ) -> PlannedSite:
     layers = []
     for path in site.linears:
         name = f"{model.block_name(index)}.{path}"
         weight = linear(model.model, name).weight
         layers.append(Layer(name, (weight.shape[0], weight.shape[1]), _reason(name, selection, dense)))
-    return PlannedSite(site, index, tuple(layers))
+    own = next((patterns[layer.name] for layer in layers if layer.name in patterns), pattern)
+    return PlannedSite(site, index, tuple(layers), own)
 
 
 def _plan_outside(
     model: BlockwiseModel,
     name: str,
     module: nn.Linear,
+    pattern: Pattern,
     selection: LayerSelection,
     dense: Mapping[str, str],
 ) -> PlannedSite:
@@ -125,7 +138,7 @@ def _plan_outside(
     elif reason is None and model.config.tie_word_embeddings:
         reason = "shares its weight with the embeddings, which are never pruned"
     layer = Layer(name, (module.out_features, module.in_features), reason)
-    return PlannedSite(Site(name.rpartition(".")[2], (name,), "residual"), None, (layer,))
+    return PlannedSite(Site(name.rpartition(".")[2], (name,), "residual"), None, (layer,), pattern)
 
 
 def _reason(name: str, selection: LayerSelection, dense: Mapping[str, str]) -> str | None:

@@ -11,12 +11,19 @@ from transformers import PreTrainedTokenizerBase
 
 from esparse_trt.artifacts import BuildDir
 from esparse_trt.checkpoint import check_weights, fingerprint, weight_files
-from esparse_trt.model import check_vocabulary, load_config, load_model, load_tokenizer, resolve
+from esparse_trt.model import (
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+    resolve_device,
+)
 from esparse_trt.progress import note, track
 from esparse_trt.recipe import Recipe
-from esparse_trt.records import PruneRecord, SiteCost
+from esparse_trt.records import LayerChoice, PruneRecord
 from esparse_trt.sections import PruneSection, TextSelf
-from esparse_trt.sparsity.blockwise import BlockwiseModel, resolve_device
+from esparse_trt.sparsity.blockwise import BlockwiseModel
 from esparse_trt.sparsity.budget import choose_layers
 from esparse_trt.sparsity.journal import Journal, save
 from esparse_trt.sparsity.models import family_of
@@ -44,9 +51,9 @@ def prune_model(
         batch_size: sequences that pass through a block at a time.
     """
     model = BlockwiseModel(path, resolve_device(section.device), trust_remote_code=trust_remote_code)
-    costs = _choose_layers(model, windows, section, batch_size)
-    pruner = Pruner(model, windows, section, batch_size, costs)
-    pruned = _prune_all(pruner, Pruned(costs=costs))
+    choice = _choose_layers(model, windows, section, batch_size) if section.budget else None
+    pruner = Pruner(model, windows, section, batch_size, choice)
+    pruned = _prune_all(pruner, Pruned(choice=choice))
     if section.recover and section.recover.distill:
         pruned.add(distill(model, pruned, windows, section.recover.distill))
     return replace(pruned, layers=pruned.layers + pruner.dense_layers())
@@ -63,12 +70,16 @@ def _prune_all(pruner: Pruner, pruned: Pruned) -> Pruned:
 
 def _choose_layers(
     model: BlockwiseModel, windows: Tensor, section: PruneSection, batch_size: int
-) -> list[SiteCost]:
-    """What each site costs and which stay dense, if there is a budget: from a pruning without recovery."""
-    if section.budget is None:
-        return []
-    pruner = Pruner(model, windows, section.model_copy(update={"recover": None}), batch_size)
-    return choose_layers(model, _prune_all(pruner, Pruned()), windows, section.budget)
+) -> LayerChoice:
+    """What the budget makes of each site: from a pruning without recovery, and perhaps one to 4:8."""
+    assert section.budget is not None
+    plain = section.model_copy(update={"recover": None})
+    pruner = Pruner(model, windows, plain, batch_size)
+    pruned, finer = _prune_all(pruner, Pruned()), None
+    if section.budget.sensitive != "dense":
+        other = plain.model_copy(update={"pattern": section.budget.sensitive})
+        finer = _prune_all(Pruner(model, windows, other, batch_size), Pruned())
+    return choose_layers(model, pruned, finer, pruner.dense_layers(), windows, section)
 
 
 def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
@@ -94,11 +105,12 @@ def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
     journal.open(_fingerprint(recipe, source_sha256, model, windows))
     if journal.tokens() is None:
         journal.save_tokens(windows)
-    costs: list[SiteCost] = []
+    choice = None
     if recipe.prune.budget is not None:
-        costs = journal.costs() or _choose_layers(model, windows, recipe.prune, recipe.calibration.batch_size)
-        journal.save_costs(costs)
-        pruner = Pruner(model, windows, recipe.prune, recipe.calibration.batch_size, costs)
+        size = recipe.calibration.batch_size
+        choice = journal.layers() or _choose_layers(model, windows, recipe.prune, size)
+        journal.save_layers(choice)
+        pruner = Pruner(model, windows, recipe.prune, size, choice)
     _run(pruner, journal)
 
     decided = journal.decided()
@@ -123,7 +135,7 @@ def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
         device=str(model.device),
         layers=layers,
         channels=decided.channels,
-        costs=costs,
+        choice=choice,
         recovered=decided.recovered,
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from esparse_trt.records import ChannelProfile, LayerRecord, RecoverRecord, SiteCost
+from esparse_trt.records import ChannelProfile, LayerChoice, LayerRecord, RecoverRecord
 from esparse_trt.sparsity.models import linear
 
 
@@ -20,7 +20,7 @@ class Pruned:
         values: layer -> weight[mask] in the checkpoint's dtype, of layers whose kept weights were re-fitted.
         permutations: layer -> int64 [K] in host memory; layers that are not permuted are absent.
         layers: a record for every linear layer, dense ones too.
-        costs: of every site, if there is a budget.
+        choice: of layers, if there is a budget.
         recovered: what training the kept weights gave.
         channels: profiles for the report, of the first, middle and last block and of the head.
     """
@@ -30,7 +30,7 @@ class Pruned:
     permutations: dict[str, Tensor] = field(default_factory=dict)
     layers: list[LayerRecord] = field(default_factory=list)
     channels: list[ChannelProfile] = field(default_factory=list)
-    costs: list[SiteCost] = field(default_factory=list)
+    choice: LayerChoice | None = None
     recovered: list[RecoverRecord] = field(default_factory=list)
 
     def add(self, other: Pruned) -> None:
@@ -40,7 +40,6 @@ class Pruned:
         self.permutations.update(other.permutations)
         self.layers.extend(other.layers)
         self.channels.extend(other.channels)
-        self.costs.extend(other.costs)
         self.recovered.extend(other.recovered)
 
     @torch.no_grad()

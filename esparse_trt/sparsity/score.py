@@ -38,7 +38,6 @@ class ChannelStatistics:
     )  # [K], as `score.information` measures it; None where the method does not use it
     tokens: int  # T
     hessian: Tensor | None = None  # float32 [K, K], Xᵀ X; None where nothing uses it
-    cross: Tensor | None = None  # float32 [K, K], Dᵀ X with D [T, K] the same inputs in the dense model
 
 
 ScoreFunction = Callable[[Tensor, ChannelStatistics, ScoreSection], Tensor]

@@ -4,7 +4,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from esparse_trt.errors import EsparseError
-from esparse_trt.sparsity.blockwise import BlockwiseModel, resolve_device
+from esparse_trt.model import resolve_device
+from esparse_trt.sparsity.blockwise import BlockwiseModel
 from esparse_trt.sparsity.models import FAMILIES as TABLE
 from esparse_trt.sparsity.models import family_of, linear, stored_name
 

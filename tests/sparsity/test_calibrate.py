@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from esparse_trt.errors import EsparseError
-from esparse_trt.sparsity.calibrate import collect, cross_products
+from esparse_trt.sparsity.calibrate import collect
 
 BINS = 32
 
@@ -106,20 +106,6 @@ def test_the_hessian():
     found = collect({"site": layer}, run_over(layer, list(x.split([1, 3, 2]))), bins=None, hessian=True)
     torch.testing.assert_close(found["site"].hessian, flat.T @ flat)
     assert statistics(x).hessian is None
-
-
-def test_cross_products_pair_what_the_layer_reads_in_turn():
-    dense, x = torch.randn(2, 6, 40, 5)
-    layer = nn.Linear(5, 2)
-
-    def run_pairs():
-        for number, pair in enumerate(zip(dense.split([4, 2]), x.split([4, 2]), strict=True)):
-            for batch in pair:
-                layer(batch)
-            yield number
-
-    found = cross_products({"site": layer}, run_pairs)["site"]
-    torch.testing.assert_close(found, dense.flatten(0, 1).T @ x.flatten(0, 1))
 
 
 def test_large_inputs_are_binned_in_pieces(monkeypatch):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from esparse_trt.errors import EsparseError
-from esparse_trt.sparsity.hessian import corrected, curvature, factor
+from esparse_trt.sparsity.hessian import curvature, factor
 
 
 def gram(tokens, channels, seed=0):
@@ -34,17 +34,6 @@ def test_curvature():
     hessian = gram(40, 12)
     expected = 1 / damped(hessian, 0.1).inverse().diagonal()
     torch.testing.assert_close(curvature(hessian, 0.1), expected)
-
-
-def test_correction_is_a_regression_on_the_dense_models_outputs():
-    generator = torch.Generator().manual_seed(4)
-    dense, noise = torch.randn(2, 50, 6, generator=generator, dtype=torch.float64)
-    x, weight = dense + 0.4 * noise, torch.randn(3, 6, generator=generator)
-    none, half, whole = (corrected(weight, x.T @ x, dense.T @ x, share, 0, "site") for share in (0, 0.5, 1))
-    best = torch.linalg.lstsq(x, dense @ weight.double().T).solution.T
-    torch.testing.assert_close(whole, best)
-    torch.testing.assert_close(none, weight.double())
-    torch.testing.assert_close(half, (none + whole) / 2)
 
 
 def test_a_singular_hessian_raises_the_damping_until_it_can_be_factored():

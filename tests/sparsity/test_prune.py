@@ -281,7 +281,7 @@ def test_a_tied_head_stays_dense_and_says_why(make_model, windows):
 
 
 def test_channel_profiles(make_model, windows, monkeypatch):
-    monkeypatch.setattr("esparse_trt.sparsity.pruner._PROFILE_CHANNELS", 20)
+    monkeypatch.setattr("esparse_trt.sparsity.site._PROFILE_CHANNELS", 20)
     pruned = prune_model(make_model("llama", num_hidden_layers=5), windows, section())
     blocks = {profile.site.split(".")[2] for profile in pruned.channels}
     assert blocks == {"0", "2", "4"} and len(pruned.channels) == 12

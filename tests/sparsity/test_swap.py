@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esparse_trt.sparsity.maxima import sums_of_maxima
 from esparse_trt.sparsity.pattern import Pattern, group_kept
 from esparse_trt.sparsity.swap import SwapBlocks, local_shuffle, match
 
@@ -11,6 +12,14 @@ PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(2, 8), Pattern(
 
 def kept(scores, order, pattern):
     return float(group_kept(scores[:, order], pattern).sum())
+
+
+def all_gains(blocks):
+    """[B, L, L], by positions in the present order."""
+    count, groups, _ = blocks.order.shape
+    everything = torch.arange(count * groups)
+    gains = blocks.gains(everything // groups, everything % groups)
+    return gains.view(count, gains.shape[2], gains.shape[2])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -22,7 +31,7 @@ def test_gains_are_what_swapping_gains(pattern, ties):
     if ties:
         scores = (scores * 3).round()
     blocks = SwapBlocks(scores.T.unsqueeze(0).contiguous(), pattern)
-    gains = blocks.gains(torch.tensor([0]))[0]
+    gains = all_gains(blocks)[0]
     identity = torch.arange(channels)
     before = kept(scores, identity, pattern)
     for a in range(channels):
@@ -42,10 +51,10 @@ def test_gains_stay_right_after_swaps(pattern):
     blocks.run(3)
     assert not torch.equal(blocks.order.flatten(1)[0], torch.arange(scores.shape[1]))
     moved = torch.take_along_dim(scores, blocks.order.flatten(1).unsqueeze(2), dim=1)
-    fresh = SwapBlocks(moved, pattern).gains(torch.arange(2))
-    order = blocks.order.flatten(1)
-    kept_up = torch.stack([g[o][:, o] for g, o in zip(blocks.gains(torch.arange(2)), order, strict=True)])
-    torch.testing.assert_close(kept_up, fresh, rtol=0, atol=1e-12)
+    fresh = SwapBlocks(moved, pattern)
+    torch.testing.assert_close(all_gains(blocks), all_gains(fresh), rtol=0, atol=1e-12)
+    torch.testing.assert_close(blocks.kept, fresh.kept)
+    torch.testing.assert_close(blocks.gain, fresh.gain, rtol=0, atol=1e-12)
 
 
 @given(st.sampled_from(PATTERNS), st.integers(2, 9), st.integers(1, 12), st.integers(0, 10**6), st.booleans())
@@ -65,12 +74,31 @@ def test_swaps_never_lower_the_kept_score(pattern, groups, rows, seed, ties):
         reached = now
 
 
+def test_swaps_are_checked_before_they_are_made(monkeypatch):
+    """However wrong the gains are that a swap was chosen by, none that loses is made."""
+    generator = torch.Generator().manual_seed(2)
+
+    def noisy(a, b):
+        exact = sums_of_maxima(a, b)
+        return exact + exact.mean() * 0.02 * torch.randn(exact.shape, generator=generator)
+
+    monkeypatch.setattr("esparse_trt.sparsity.swap.sums_of_maxima", noisy)
+    pattern, start = Pattern(2, 4), torch.arange(64).unsqueeze(0)
+    scores = torch.rand(1, 30, 64, generator=generator)
+    reached = [kept(scores[0], start[0], pattern)]
+    for rounds in range(1, 12):
+        generator.manual_seed(2)
+        order = local_shuffle(scores, pattern, start, block=64, rounds=rounds)
+        reached.append(kept(scores[0], order[0], pattern))
+    assert reached == sorted(reached) and reached[-1] > reached[0]
+
+
 def test_it_ends_where_no_single_swap_gains():
     pattern = Pattern(2, 4)
     scores = torch.rand(1, 8, 32, dtype=torch.float64)
     order = local_shuffle(scores, pattern, torch.arange(32).unsqueeze(0), block=32, rounds=200)
     final = SwapBlocks(scores[0][:, order[0]].T.unsqueeze(0).contiguous(), pattern)
-    gains = final.gains(torch.tensor([0]))[0].view(8, 4, 8, 4).amax(dim=(1, 3))
+    gains = all_gains(final)[0].view(8, 4, 8, 4).amax(dim=(1, 3))
     assert gains[~torch.eye(8, dtype=torch.bool)].max() <= 1e-6 * 2 * final.kept.max()
 
 

@@ -1,0 +1,109 @@
+"""Correction: before it is pruned, a layer is re-fitted to make up for what was lost before it.
+
+The layer reads X [T, K] where it has D in the dense model. Let E [T, N] be what it should put out minus what
+it does. Then W is replaced by W' = W + share · Eᵀ X H⁻¹ with H = Xᵀ X damped: the regression of E on X, part
+of the way, as all of it fits noise too. Layers differ in what they should put out:
+
+    q, k, v, gate, up   what they do in the dense model: E = D Wᵀ − X Wᵀ, as in asymmetric calibration (GPTAQ,
+                        arXiv 2504.02692, there for quantisation)
+    o, down             what the residual stream lacks behind them. With h the stream in front of the block,
+                        E = (h_D + D Wᵀ) − (h_X + X Wᵀ), and for `down` with o's outputs added to both
+
+The share and the stream's part are our own. Where the stream does not take up the outputs as they are, as
+with norms behind them (Gemma 3), every layer is of the first kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from esparse_trt.sparsity.blockwise import BlockwiseModel
+from esparse_trt.sparsity.hessian import factor
+from esparse_trt.sparsity.layers import PlannedSite
+from esparse_trt.sparsity.models import linear
+
+_ADDS_UP = 1e-2  # share of a token's output that the parts may miss, in float16
+
+
+def corrected(
+    weight: Tensor, hessian: Tensor, missing: Tensor, share: float, damping: float, where: str
+) -> Tensor:
+    """W' of the module docstring: float32 [N, K].
+
+    Args:
+        weight: [N, K].
+        hessian: Xᵀ X [K, K].
+        missing: Eᵀ X [N, K].
+    """
+    upper, _ = factor(hessian, damping, where)
+    return weight.to(hessian.dtype) + share * (missing @ upper.mT @ upper)
+
+
+@torch.no_grad()
+def missing(
+    model: BlockwiseModel, index: int, site: PlannedSite, writers: Sequence[str], dense: Mapping[str, Tensor]
+) -> Tensor:
+    """Eᵀ X of a site's pruned layers, stacked: float32 [N, K].
+
+    Args:
+        index: a resident block whose sites before this one are pruned.
+        writers: the block's layers that the residual stream takes up, in order.
+        dense: the block's weights in the dense model.
+    """
+    pruned = [layer.name for layer in site.pruned]
+    before = list(writers[: writers.index(site.name) + 1]) if site.name in writers else []
+    sums = torch.zeros(sum(layer.shape[0] for layer in site.pruned), site.channels, device=model.device)
+
+    def outputs(hidden: Tensor) -> Tensor:
+        """What the pruned layers put out, or the stream behind them, side by side: [T, N]."""
+        seen.clear()
+        model.reach(index, hidden, pruned[-1])
+        if before:
+            return torch.stack([_rows(hidden), *(seen[name][1] for name in before)]).sum(0)
+        return torch.cat([seen[name][1] for name in pruned], dim=1)
+
+    with _watched(model, [*pruned, *before]) as seen:
+        for wanted, hidden in model.pairs():
+            with model.with_weights(dense):
+                lacking = outputs(wanted)
+            lacking -= outputs(hidden)
+            sums.addmm_(lacking.T, seen[pruned[0]][0])
+    return sums
+
+
+@torch.no_grad()
+def adds_up(model: BlockwiseModel, index: int, writers: Sequence[str]) -> bool:
+    """Whether a resident block puts out what it reads plus the outputs of these layers."""
+    assert model.hidden is not None
+    hidden = model.hidden[: min(model.batch_size, len(model.hidden))].to(model.device)
+    with _watched(model, writers) as seen:
+        output = _rows(model.forward(index, hidden))
+    parts = torch.stack([_rows(hidden), *(seen[name][1] for name in writers)]).sum(0)
+    differs = (output - parts).norm(dim=1) / output.norm(dim=1)
+    return bool(differs.mean() <= _ADDS_UP)
+
+
+@contextmanager
+def _watched(model: BlockwiseModel, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Layer -> what it last read, [T, K], and put out, [T, N]."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        linear(model.model, name).register_forward_hook(
+            lambda _, inputs, output, name=name: seen.update({name: (_rows(inputs[0]), _rows(output))})
+        )
+        for name in dict.fromkeys(names)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., C] -> float32 [T, C]."""
+    return x.flatten(0, -2).float()
