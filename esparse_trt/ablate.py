@@ -2,13 +2,14 @@
 
 All variants share the model, the calibration tokens and the evaluation windows, so their differences are
 theirs. Every variant is pruned in memory and measured against the dense model in PyTorch; after each one the
-table is stored, so that an interrupted run goes on with the next.
+table is stored, so that an interrupted run goes on with the next. At the end it is written as a page, too.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedModel
 
-from esparse_trt.artifacts import BuildDir, load_ablation, write_atomic
+from esparse_trt.artifacts import BuildDir, write_atomic
 from esparse_trt.errors import EsparseError
-from esparse_trt.evaluate.perplexity import compare_distributions, log_ratio, perplexity, torch_logits
+from esparse_trt.evaluate import ablation_page
+from esparse_trt.evaluate.ablation import Ablation, AblationRow, load_ablation
+from esparse_trt.evaluate.perplexity import compare_distributions, log_ratio, torch_logits, window_nll
 from esparse_trt.model import (
     check_vocabulary,
     check_weights,
@@ -32,12 +32,11 @@ from esparse_trt.model import (
     load_model,
     load_tokenizer,
     resolve,
+    resolve_device,
 )
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe
-from esparse_trt.records import Ablation, AblationRow
 from esparse_trt.sections import TextFile, TextSelf
-from esparse_trt.sparsity.blockwise import resolve_device
 from esparse_trt.sparsity.models import family_of
 from esparse_trt.sparsity.prune import Pruned, prune_model
 from esparse_trt.text import evaluation_windows, token_windows, tokens_sha256
@@ -62,7 +61,7 @@ class _Setting:
 def run_ablation(
     recipe: Recipe, out: Path, *, only: Iterable[str] | None = None, grid: Path | None = None
 ) -> Ablation:
-    """Measure the variants on the recipe's model and texts, and store `ablation.json` in the build folder.
+    """Measure the variants on the recipe's model and texts; `ablation.json` and `.html` in the build folder.
 
     The plain `e_sparse` row has both shuffles and runtime gathers for the residual stream, with the recipe's
     bins, α and block size; every other row differs from it as its settings say.
@@ -70,7 +69,8 @@ def run_ablation(
     Args:
         out: a build folder of the same recipe, or a new one.
         only: names of the variants to run; default all.
-        grid: a YAML file of variants to run instead of the built-in ones, see `variants`.
+        grid: a YAML file of variants to run instead of the built-in ones, see `variants`; the baselines that
+            it does not name are run too, unless `only` leaves them out.
 
     Raises:
         EsparseError: no evaluation text, a bad variant, or the folder belongs to another recipe.
@@ -79,14 +79,7 @@ def run_ablation(
     folder = BuildDir(out)
     with claim(recipe, folder):
         setting = _prepare(recipe, folder)
-        table = _stored(folder, setting.fingerprint) or Ablation(
-            model=recipe.model.hub or (recipe.model.path.name if recipe.model.path else recipe.name),
-            text=_protocol(recipe, setting.windows),
-            device=_device_name(setting.dense.device),
-            fingerprint=setting.fingerprint,
-            dense_perplexity=perplexity(setting.windows, torch_logits(setting.dense), batch=_BATCH),
-            rows=[],
-        )
+        table = _stored(folder, setting.fingerprint) or _new_table(recipe, setting)
         for variant, section in variants:
             settings = variant.settings()
             if any(row.name == variant.name and row.settings == settings for row in table.rows):
@@ -106,7 +99,8 @@ def run_ablation(
             row = _measure(variant.name, settings, seconds, setting)
             rows = [*(old for old in table.rows if old.name != row.name), row]
             table = table.model_copy(update={"rows": rows})
-            write_atomic(folder.ablation, table.model_dump_json(indent=1))
+            write_atomic(folder.ablation, table.to_json())
+        write_atomic(folder.ablation_html, ablation_page.page(table))
     return table
 
 
@@ -150,17 +144,17 @@ def _prepare(recipe: Recipe, folder: BuildDir) -> _Setting:
     )
 
 
-def print_table(console: Console, table: Ablation) -> None:
-    """Print the rows, best first."""
-    title = f"{table.model}: dense perplexity {table.dense_perplexity:.3f} on {table.text}"
-    shown = Table(box=None, title=Text(title), title_justify="left", pad_edge=False)
-    for heading in ("variant", "perplexity", "ln ratio", "± 95 %", "KL, nats", "top-1", "s"):
-        shown.add_column(heading, justify="left" if heading == "variant" else "right")
-    for row in sorted(table.rows, key=lambda row: row.perplexity):
-        interval = "" if row.ln_ratio_ci95 is None else f"{row.ln_ratio_ci95:.4f}"
-        figures = (f"{row.perplexity:.3f}", f"{row.ln_ratio:.4f}", interval, f"{row.kl:.4f}")
-        shown.add_row(row.name, *figures, f"{row.top1:.1%}", f"{row.seconds:.0f}")
-    console.print(shown)
+def _new_table(recipe: Recipe, setting: _Setting) -> Ablation:
+    nll = window_nll(setting.windows, torch_logits(setting.dense), batch=_BATCH, what="dense model")
+    return Ablation(
+        model=recipe.model.hub or recipe.name,
+        text=_protocol(recipe, setting.windows),
+        device=_device_name(setting.dense.device),
+        fingerprint=setting.fingerprint,
+        dense_perplexity=math.exp(nll.mean().item()),
+        dense_nll=nll.tolist(),
+        rows=[],
+    )
 
 
 def _apply(pruned: Pruned, dense: PreTrainedModel, sparse: PreTrainedModel) -> None:
@@ -185,6 +179,7 @@ def _measure(name: str, settings: dict[str, Any], seconds: float, setting: _Sett
         kl=found.kl_divergence,
         top1=found.top1_agreement,
         seconds=round(seconds, 2),
+        nll=found.sparse_nll.tolist(),
     )
 
 
@@ -201,5 +196,5 @@ def _protocol(recipe: Recipe, windows: torch.Tensor) -> str:
 
 def _stored(folder: BuildDir, shared: str) -> Ablation | None:
     """The table to go on with, None if there is none or its rows were measured on something else."""
-    table = load_ablation(folder)
+    table = load_ablation(folder.ablation)
     return table if table and table.fingerprint == shared else None

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError
 
 from esparse_trt.errors import EsparseError
-from esparse_trt.records import Ablation, Record
+from esparse_trt.records import Record
 
 
 class BuildDir:
@@ -48,6 +48,8 @@ _LAYOUT = {
     "sparse_plan": "engine/sparse.plan",
     "polygraphy": "polygraphy",  # inputs and logits of the comparison, for Polygraphy's own tools
     "ablation": "ablation.json",
+    "ablation_html": "ablation.html",
+    "bench": "bench.json",
     "report_html": "report.html",
     "report_json": "report.json",
     "model_repository": "model_repository",
@@ -114,24 +116,6 @@ def load_manifest(folder: BuildDir) -> Manifest | None:
             f"not a manifest that this version understands: {error}",
             where=folder.manifest,
             fix="start over with --fresh",
-        ) from error
-
-
-def load_ablation(folder: BuildDir) -> Ablation | None:
-    """The ablation table of a build folder, or None where there is none.
-
-    Raises:
-        EsparseError: `ablation.json` is there but cannot be read.
-    """
-    if not folder.ablation.exists():
-        return None
-    try:
-        return Ablation.model_validate_json(folder.ablation.read_bytes())
-    except ValidationError as error:
-        raise EsparseError(
-            f"not an ablation table that this version understands: {error}",
-            where=folder.ablation,
-            fix="delete the file and run `esparse-trt ablate` again",
         ) from error
 
 

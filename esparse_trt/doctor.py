@@ -51,6 +51,7 @@ def diagnose() -> list[Finding]:
         _packages(),
         _torch(),
         _onnxruntime(),
+        _harness(),
         _gpu(),
         *(_tensorrt(name) for name in flavour.TITLE),
         _plugin(),
@@ -108,6 +109,14 @@ def _onnxruntime() -> Finding:
     return Finding(
         "ONNX Runtime", "ok", f"{onnxruntime.__version__}, {providers}", "compares dense and sparse"
     )
+
+
+def _harness() -> Finding:
+    version = package_version("lm-eval")
+    if version is None:
+        without = "not needed, but by recipes with verify.zeroshot"
+        return Finding("lm-eval", "missing", "not installed", without, "pip install 'esparse-trt[eval]'")
+    return Finding("lm-eval", "ok", version, "runs zero-shot tasks (verify.zeroshot)")
 
 
 # --- engines -------------------------------------------------------------------------------------------

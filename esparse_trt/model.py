@@ -211,3 +211,23 @@ def load_model(
         path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True
     )
     return model.to(device).eval()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `prune.device` names; `auto` is CUDA where there is any.
+
+    Raises:
+        EsparseError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EsparseError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}",
+            where="prune.device",
+            fix="set prune.device to auto or cpu",
+        ) from error
+    return device

@@ -21,6 +21,8 @@ from esparse_trt.engine.build import build_engines
 from esparse_trt.errors import CheckFailed, EsparseError
 from esparse_trt.evaluate.compare import check_fidelity, check_gate, verify
 from esparse_trt.evaluate.report import report
+from esparse_trt.evaluate.verify_record import VerifyRecord
+from esparse_trt.evaluate.zeroshot import load_tasks
 from esparse_trt.graph.certify import certify
 from esparse_trt.graph.export import export
 from esparse_trt.graph.fold import fold
@@ -37,7 +39,6 @@ from esparse_trt.records import (
     PruneRecord,
     Record,
     ReportRecord,
-    VerifyRecord,
 )
 from esparse_trt.sparsity.prune import prune
 from esparse_trt.text import require_readable
@@ -102,7 +103,7 @@ STAGES = (
     # No file of its own to look for: where nothing can be packed, none is written.
     Stage("pack", "compress 2:4 layers into SparseGemm operators", (), (), _pack),
     Stage("certify", "check every sparse tensor in true K order", (), ("certificate",), _certify),
-    Stage("engine", "build TensorRT engines", ("engine",), (), _engine),
+    Stage("engine", "build TensorRT engines", ("traffic", "engine"), (), _engine),
     Stage("verify", "compare dense and sparse, and the toolchain with PyTorch", ("verify",), (), _verify),
     Stage("report", "write the accuracy-diff report", ("report",), ("report_html", "report_json"), _report),
     Stage("deploy", "write the Triton model repository", ("deploy",), ("model_repository",), _deploy),
@@ -140,6 +141,8 @@ def build(
     with workspace.claim(recipe, folder, fresh=fresh, **again) as manifest:
         if any(stage.name == "verify" and not _finished(stage, folder, manifest) for stage in stages):
             require_readable(recipe.verify.text)
+            if recipe.verify.zeroshot:
+                load_tasks(recipe.verify.zeroshot)
         for stage in stages:
             if _finished(stage, folder, manifest):
                 note(f"{stage.name:8} already done", style="dim", stage=stage.name, status="resumed")

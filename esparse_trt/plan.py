@@ -17,23 +17,18 @@ They are estimates, meant to tell 8 GiB from 80 GiB.
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-from accelerate import init_empty_weights
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from esparse_trt import gguf
 from esparse_trt.artifacts import BuildDir
-from esparse_trt.model import download, load_config
+from esparse_trt.layout import empty_model, read_config, selected_linears
 from esparse_trt.pipeline import STAGES, preview
 from esparse_trt.recipe import Recipe
-from esparse_trt.sections import LayerSelection
 from esparse_trt.sparsity.models import family_of
 
 _BASE = 0.8 * 2**30  # Python with torch, transformers and ONNX Runtime loaded
@@ -50,7 +45,8 @@ def plan_build(
         EsparseError: the model's configuration cannot be read, or the folder belongs to another recipe.
     """
     states = preview(recipe, BuildDir(out), fresh=fresh, first=first, last=last)
-    config, model = empty_model(recipe)
+    config = read_config(recipe.model)
+    model = empty_model(config)
     parameters = sum(p.numel() for p in model.parameters())
     pruned = selected_linears(model, recipe.prune.layers)
 
@@ -84,37 +80,6 @@ def plan_build(
 
 def _size(count: float) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
-
-
-def empty_model(recipe: Recipe) -> tuple[PretrainedConfig, nn.Module]:
-    """Configuration and modules without weights; of a hub model only config.json is downloaded.
-
-    Raises:
-        EsparseError: the configuration cannot be read, or its family is not supported.
-    """
-    section = recipe.model
-    if section.path is not None and section.path.suffix == ".gguf":
-        config = gguf.read_config(section.path)
-    else:
-        path = section.path or download(section, ["config.json"])
-        config = load_config(path, trust_remote_code=section.trust_remote_code)
-    family_of(config)
-    with init_empty_weights():
-        loader: Any = AutoModelForCausalLM
-        model = loader.from_config(config)
-    model.tie_weights()
-    return config, model
-
-
-def selected_linears(model: nn.Module, selection: LayerSelection) -> dict[str, nn.Linear]:
-    """The linear layers that the globs select."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and any(fnmatchcase(name, glob) for glob in selection.include)
-        and not any(fnmatchcase(name, glob) for glob in selection.exclude)
-    }
 
 
 def _width(recipe: Recipe) -> int:

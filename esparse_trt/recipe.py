@@ -18,6 +18,7 @@ from esparse_trt.recipe_errors import describe
 from esparse_trt.recipe_file import read_yaml
 from esparse_trt.sections import (
     BUILDERS,
+    TRAFFIC,
     CalibrationSection,
     DeploySection,
     EngineSection,
@@ -27,6 +28,7 @@ from esparse_trt.sections import (
     ReportSection,
     Section,
     TextDataset,
+    Traffic,
     VerifySection,
 )
 
@@ -42,6 +44,11 @@ class Recipe(Section):
     calibration: CalibrationSection
     prune: PruneSection = Field(default_factory=PruneSection)
     export: ExportSection = Field(default_factory=ExportSection)
+    traffic: list[Traffic] = Field(
+        default_factory=lambda: list(TRAFFIC),
+        min_length=1,
+        description="What the model will serve: decides which layers run sparse, and what `estimate` shows",
+    )
     engine: EngineSection = Field(default_factory=EngineSection)
     verify: VerifySection = Field(default_factory=VerifySection)
     report: ReportSection = Field(default_factory=ReportSection)

@@ -71,7 +71,8 @@ def _walk(loc: tuple[Any, ...], schema: dict[str, Any]) -> tuple[list[str], list
             continue
         path.append(str(part))
         found = [node["properties"][part] for node in nodes if part in node.get("properties", {})]
-        found += [n["additionalProperties"] for n in nodes if isinstance(n.get("additionalProperties"), dict)]
+        for rest in ("additionalProperties", "items"):
+            found += [node[rest] for node in nodes if isinstance(node.get(rest), dict)]
         nodes = _flat(found, schema)
     return path, nodes
 

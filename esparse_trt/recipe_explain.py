@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from esparse_trt.recipe import Recipe
-from esparse_trt.sections import Profile, RecoverSection, TextDataset, TextFile, TextSelf, UpdateSection
+from esparse_trt.sections import (
+    BudgetSection,
+    Profile,
+    RecoverSection,
+    TextDataset,
+    TextFile,
+    TextSelf,
+    UpdateSection,
+)
 
 
 def explain(recipe: Recipe) -> str:
@@ -14,6 +22,7 @@ def explain(recipe: Recipe) -> str:
         ("prune", _prune(recipe)),
         ("permute", _permute(recipe)),
         ("export", f"ONNX with KV cache, {recipe.export.dtype}, opset {recipe.export.opset}"),
+        ("traffic", _traffic(recipe)),
         ("engine", _engine(recipe)),
         *((f"  {name}", _profile(profile)) for name, profile in _profiles(recipe)),
         ("verify", _verify(recipe)),
@@ -70,15 +79,25 @@ def _prune(recipe: Recipe) -> str:
     if prune.recover is not None:
         how += f"; {_recover(prune.recover)}"
     if prune.budget is not None:
-        how += f"; as many layers as keep perplexity within {prune.budget.perplexity_ratio:g} times dense"
+        how += f"; {_budget(prune.budget)}"
     which = ", ".join(prune.layers.include)
     without = f" except {', '.join(prune.layers.exclude)}" if prune.layers.exclude else ""
     layers = f"linear layers {which}{without}"
     return f"keep {kept} of every {group} weights along K by {how}; {layers}; device {prune.device}"
 
 
+def _budget(budget: BudgetSection) -> str:
+    """What becomes of the most sensitive layers, in words."""
+    wanted = []
+    if budget.perplexity_ratio is not None:
+        wanted.append(f"perplexity is within {budget.perplexity_ratio:g} times dense")
+    if budget.speedup is not None:
+        wanted.append(f"linear layers are {budget.speedup:g} times as fast")
+    return f"the most sensitive layers {budget.sensitive}, so that {' and '.join(wanted)}"
+
+
 def _update(update: UpdateSection) -> str:
-    return f"OBS update ({update.sweep} sweep, damping {update.damping:g}, {update.refit} refit steps)"
+    return f"OBS update (damping {update.damping:g}, {update.descent} descents, {update.refit} refit steps)"
 
 
 def _recover(recover: RecoverSection) -> str:
@@ -120,16 +139,24 @@ def _engine(recipe: Recipe) -> str:
     if engine.flavour == "none":
         return "none is built"
     which = "dense and sparse" if engine.dense else "sparse only"
-    flags = ", SPARSE_WEIGHTS" if engine.sparse_weights else ""
     run = "run where a GPU can" if engine.run == "auto" else "not run"
-    plugin = {
-        "auto": "Sparse-GEMM plugin where it can be used",
-        "required": "Sparse-GEMM plugin for all packed layers",
-        "none": "no Sparse-GEMM plugin",
-    }[engine.plugin]
-    plugin += f" ({engine.plugin_library})" if engine.plugin_library else ""
-    plugin += f", kernels chosen by {engine.table}" if engine.table else ""
-    return f"{which}{flags}, {plugin}, TensorRT flavour {engine.flavour}, {run}"
+    how = {
+        "auto": "2:4 layers in the Sparse-GEMM plugin where that is faster",
+        "plugin": "all packed layers in the Sparse-GEMM plugin",
+        "native": "2:4 layers in TensorRT's own kernels",
+        "dense": "no kernels for sparse weights",
+    }[engine.sparse_gemm]
+    how += f" ({engine.plugin_library})" if engine.plugin_library else ""
+    how += f", by {engine.table}" if engine.table else ""
+    return f"{which}, {how}, TensorRT flavour {engine.flavour}, {run}"
+
+
+def _traffic(recipe: Recipe) -> str:
+    total = sum(entry.weight for entry in recipe.traffic)
+    return "; ".join(
+        f"{entry.weight / total:.0%} batch {entry.batch}, prompt {entry.prompt}, {entry.generated} generated"
+        for entry in recipe.traffic
+    )
 
 
 def _profile(profile: Profile) -> str:
@@ -142,12 +169,13 @@ def _profile(profile: Profile) -> str:
 
 def _verify(recipe: Recipe) -> str:
     verify = recipe.verify
+    tasks = f"; tasks of lm-eval: {', '.join(verify.zeroshot.tasks)}" if verify.zeroshot else ""
     if verify.text is None:
-        return "outputs and layers only: without verify.text there is no perplexity"
+        return f"outputs and layers only: without verify.text there is no perplexity{tasks}"
     windows = f"{verify.samples} windows" if verify.samples else "all windows"
     gate = verify.max_perplexity_ratio
     limit = f"; fails above {gate:g} × dense perplexity" if gate is not None else "; no quality gate"
-    return f"perplexity on {windows} of {verify.length} tokens of {_text(verify.text)}{limit}"
+    return f"perplexity on {windows} of {verify.length} tokens of {_text(verify.text)}{limit}{tasks}"
 
 
 def _deploy(recipe: Recipe) -> str:

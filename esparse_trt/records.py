@@ -5,6 +5,7 @@ A record holds facts only (names, shapes, figures), never tensors.
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,25 @@ class Record(BaseModel):
 
     # An infinite error is a fact too: strict JSON has no literal for it, so it is written as "Infinity".
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Reason(str, Enum):
+    """Why a layer runs as it does."""
+
+    faster = "faster"  # sparse, at every number of tokens of the traffic
+    mixed = "mixed"  # sparse at some of them, dense at others: the time over the whole traffic decides
+    dense_faster = "dense_faster"  # at every number of tokens of the traffic
+    not_measured = "not_measured"  # it runs sparse: it is smaller, and the library's heuristic has a kernel
+    asked = "asked"  # the recipe's engine.sparse_gemm says so
+    no_plugin = "no_plugin"  # the Sparse-GEMM plugin cannot be used here
+    not_selected = "not_selected"  # the recipe's prune.layers leaves it out
+    not_2_4 = "not_2:4"  # its weight has another pattern, or none
+    not_eligible_shape = "not_eligible_shape"  # the packed layout cannot hold N x K
+    not_eligible_dtype = "not_eligible_dtype"  # or the type
+    not_plain = "not_plain"  # its weight is shared, or its node is not a plain linear layer
+
+
+Kernel = Literal["plugin", "native", "dense"]  # ours; TensorRT's own for 2:4 weights; none for sparse weights
 
 
 # --- prune ---------------------------------------------------------------------------------------------
@@ -85,8 +105,25 @@ class SiteCost(Record):
     site: str = Field(description="module name of its first layer")
     layers: list[str]
     parameters: int
+    kept: float = Field(description="share of the permutation objective that the mask keeps, over its layers")
     nats: float = Field(description="rise of the mean negative log-likelihood on the calibration text")
-    dense: bool = Field(False, description="whether the budget keeps the site dense")
+    nats_4_8: float | None = Field(None, description="the same at 4:8; null where that was not measured")
+    gain: float | None = Field(
+        None, description="share of the time of all linear layers, dense, that it saves; null without a speed"
+    )
+    pattern: str | None = Field(description="what the budget makes of it; null: it stays dense")
+    reason: str | None = Field(None, description="why it is not pruned to the recipe's pattern")
+
+
+class LayerChoice(Record):
+    """What a budget decided, and what that was estimated to cost and gain."""
+
+    ln_ratio: float = Field(description="ln(sparse / dense perplexity), as estimated")
+    speedup: float | None = Field(
+        None, description="dense / sparse time of all linear layers in a decode step"
+    )
+    speed_of: str | None = Field(None, description="what the times are of")
+    sites: list[SiteCost] = Field(description="every site that could be pruned, in model order")
 
 
 class PruneRecord(Record):
@@ -102,7 +139,7 @@ class PruneRecord(Record):
     device: str
     layers: list[LayerRecord]
     channels: list[ChannelProfile]
-    costs: list[SiteCost] = Field([], description="of every site that could be pruned, if there is a budget")
+    choice: LayerChoice | None = Field(None, description="of layers, if there is a budget")
     recovered: list[RecoverRecord] = Field([], description="blocks in order, then the whole model")
 
 
@@ -152,12 +189,19 @@ class PackedGemm(Record):
     dense_bytes: int = Field(description="of the same weights in sparse.onnx")
 
 
+class StaysDense(Record):
+    """Why a linear layer cannot be packed."""
+
+    code: Reason
+    reason: str
+
+
 class PackRecord(Record):
     """What `packed.onnx` runs sparse, and what it does not."""
 
     layout: str
     gemms: list[PackedGemm]
-    dense: dict[str, str] = Field(description="linear layer -> why it stays as it is")
+    dense: dict[str, StaysDense] = Field(description="linear layer -> why it stays as it is")
     permutations: dict[str, str] = Field(description="Gather of sparse.onnx -> the node that does its work")
     logits_error: float | None = Field(
         description="relative L2 distance of the logits to those of sparse.onnx; null if nothing was packed"
@@ -186,7 +230,7 @@ class CertifyRecord(Record):
     )
 
 
-# --- engine, verify, report, deploy ----------------------------------------------------------------------
+# --- engine, report, deploy ------------------------------------------------------------------------------
 
 
 class PluginRecord(Record):
@@ -200,14 +244,19 @@ class PluginRecord(Record):
 
 
 class EngineLayer(Record):
-    """How one packed GEMM runs in the sparse engine."""
+    """How one packed GEMM runs in the sparse engine: as a whole, its weights are there once."""
 
     name: str = Field(description="of the node of packed.onnx")
-    sparse: bool = Field(description="in the plugin; else dense, as in sparse.onnx")
-    choices: str | None = Field(
-        description="largest number of tokens -> kernel; null: the library's heuristic chooses"
+    kernel: Kernel
+    code: Reason
+    reason: str = Field(description="the same for people, with the figures")
+    speedup: float | None = Field(None, description="over dense, of the time that the recipe's traffic takes")
+    dense_faster_at: list[int] = Field(
+        default_factory=list, description="measured numbers of tokens at which dense would be faster"
     )
-    reason: str = Field(description="why sparse or dense")
+    choices: str | None = Field(
+        None, description="largest number of tokens -> kernel; null: the library's heuristic chooses"
+    )
 
 
 class EngineFile(Record):
@@ -220,7 +269,9 @@ class EngineFile(Record):
     onnx_sha256: dict[str, str] = Field(description="file -> SHA-256 at the time of the build")
     sparse_weights: bool
     plugin: PluginRecord | None = None
-    layers: list[EngineLayer] = Field(default_factory=list, description="of an engine with the plugin")
+    layers: list[EngineLayer] = Field(
+        default_factory=list, description="of the sparse engine: each packed GEMM"
+    )
 
 
 class EngineRecord(Record):
@@ -235,78 +286,6 @@ class EngineRecord(Record):
     profiles: dict[str, Any]
     runnable: bool
     not_runnable: str | None = Field(description="why the engines cannot be run on this machine")
-
-
-class Comparison(Record):
-    """How far one tensor of `b` lies from the same tensor of `a`; the reference is `a`."""
-
-    name: str = Field(description="tensor or module name")
-    block: int | None
-    step: Literal["prefill", "decode"] = Field("prefill", description="step of the comparison's text")
-    max_abs: float
-    mean_abs: float
-    max_rel: float = Field(description="of |b - a| / |a| where a is not 0")
-    mean_rel: float
-    relative_l2: float = Field(description="||b - a||_2 / ||a||_2")
-    cosine: float
-
-
-class Fidelity(Record):
-    """What the toolchain changed: the same model through two runtimes, `a` the reference."""
-
-    a: str
-    b: str
-    limit_logits: float = Field(
-        description="largest relative L2 distance of the logits that rounding explains"
-    )
-    limit_layer: float = Field(description="the same for one layer")
-    logits: Comparison = Field(description="all positions, prefill and decode, from tokens to logits")
-    layers: list[Comparison] = Field(
-        description="outputs of linear layers and decoder blocks in execution order, each block given the "
-        "same input in both runtimes; empty where a runtime does not show them"
-    )
-    rounding: dict[str, float] = Field(
-        default_factory=dict,
-        description="of what is above its limit in fp16: relative L2 distance of `a` from the same in fp32; "
-        "up to twice that, and five limits, is accepted as rounding",
-    )
-    first_divergence: str | None = Field(description="the first layer above its limit, or the logits")
-    passed: bool
-
-
-class TaskLevel(Record):
-    """Task-level figures on the evaluation text."""
-
-    text_sha256: str = Field(description="over the token ids of all windows (int64, little endian)")
-    tokens: int = Field(description="tokens scored: windows x (length - 1)")
-    length: int = Field(description="tokens per window")
-    dtype: str
-    runtime: str
-    protocol: str = Field("", description="how the text was cut and scored, in words")
-    dense_perplexity: float
-    sparse_perplexity: float
-    ratio: float = Field(description="sparse / dense perplexity")
-    ln_ratio_ci95: float | None = Field(
-        None, description="half width of the 95 % confidence interval of ln(ratio), paired over windows"
-    )
-    kl_divergence: float = Field(description="mean KL(dense || sparse) of the next-token distribution, nats")
-    top1_agreement: float = Field(description="share of positions with the same most probable token")
-
-
-class VerifyRecord(Record):
-    """What pruning cost, and proof that the toolchain added nothing to it."""
-
-    feed: str = Field("", description="the text that the graphs were compared on, in words")
-    outputs: list[Comparison] = Field(description="dense against sparse, graph outputs")
-    layers: list[Comparison] = Field(
-        description="dense against sparse: outputs of linear layers and decoder blocks, in execution order"
-    )
-    fidelity: list[Fidelity]
-    engines_skipped: str | None = Field(None, description="why no engine was compared")
-    task: TaskLevel | None
-    task_skipped: str | None = Field(description="why there are no task-level figures")
-    gate: float | None = Field(description="the recipe's max_perplexity_ratio")
-    gate_passed: bool | None
 
 
 class ReportRecord(Record):
@@ -326,29 +305,3 @@ class DeployRecord(Record):
     max_batch_size: int
     files: list[str] = Field(description="relative to the build folder")
     command: str = Field(description="command that serves the repository")
-
-
-class AblationRow(Record):
-    """One way of pruning, measured like the others."""
-
-    name: str
-    settings: dict[str, Any] = Field(description="recipe keys that differ from the recipe of the table")
-    perplexity: float
-    ln_ratio: float = Field(description="ln(perplexity / dense perplexity)")
-    ln_ratio_ci95: float | None = Field(description="half width of the 95 % confidence interval of ln_ratio")
-    kl: float = Field(description="mean KL(dense || sparse) of the next-token distribution, nats")
-    top1: float = Field(description="share of positions whose most likely token is that of the dense model")
-    seconds: float
-
-
-class Ablation(Record):
-    """`ablation.json`: one model pruned in every way, on one text."""
-
-    model: str
-    text: str
-    device: str = Field("", description="what it was pruned and measured on")
-    fingerprint: str = Field(
-        "", description="SHA-256 over what all rows share: model, prune section, tokens of both texts"
-    )
-    dense_perplexity: float
-    rows: list[AblationRow]

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esparse_trt.artifacts import Manifest
+from esparse_trt.evaluate.verify_record import VerifyRecord
 from esparse_trt.records import (
     CertifyRecord,
     DeployRecord,
@@ -17,7 +18,6 @@ from esparse_trt.records import (
     FoldRecord,
     PackRecord,
     PruneRecord,
-    VerifyRecord,
 )
 
 
@@ -57,7 +57,7 @@ def _rows(manifest: Manifest, folder: Path) -> Iterator[tuple[str, str]]:
 
 def _packed(record: PackRecord) -> str:
     if not record.bytes:
-        return "nothing: " + "; ".join(sorted(set(record.dense.values())))
+        return "nothing: " + "; ".join(sorted({layer.reason for layer in record.dense.values()}))
     packed, dense = (sum(getattr(gemm, key) for gemm in record.gemms) for key in ("bytes", "dense_bytes"))
     layers = sum(len(gemm.layers) for gemm in record.gemms)
     return f"{layers} layers in {len(record.gemms)} SparseGemm operators, {packed / dense:.4f} of dense bytes"
@@ -82,7 +82,7 @@ def plugin_use(record: EngineRecord) -> str:
     if record.sparse is None or record.sparse.plugin is None:
         return f"no plugin: {record.no_plugin}"
     layers = record.sparse.layers
-    sparse = [layer for layer in layers if layer.sparse]
+    sparse = [layer for layer in layers if layer.kernel == "plugin"]
     measured = sum(layer.choices is not None for layer in sparse)
     how = f"{measured} by measured choices" if measured else "kernels by heuristic"
     return f"plugin: {len(sparse)} of {len(layers)} packed GEMMs, {how}"
@@ -103,4 +103,7 @@ def _verified(record: VerifyRecord) -> list[tuple[str, str]]:
                 f"KL {task.kl_divergence:.4f} nats, top-1 agreement {task.top1_agreement:.1%}",
             )
         )
+    for row in record.zeroshot.scores if record.zeroshot else []:
+        verdict = f", {row.verdict}" if row.verdict else ""
+        rows.append((row.task, f"{row.metric} {row.dense:.4f} dense, {row.sparse:.4f} sparse{verdict}"))
     return rows

@@ -12,18 +12,16 @@ from rich.text import Text
 
 from esparse_trt.artifacts import BuildDir, load_manifest
 from esparse_trt.engine import kernels as library
-from esparse_trt.engine.table import BUCKETS, Row, Table, choices, decide, default_path
+from esparse_trt.engine.choice import counts, judge_rows
+from esparse_trt.engine.table import BUCKETS, LAUNCHES, Launch, Row, Table, default_path
 from esparse_trt.engine.tune import open_table, this_device, tune
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph import es24
-from esparse_trt.plan import empty_model, selected_linears
+from esparse_trt.layout import Shape, by_shape, empty_model, gemms, read_config
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe
 from esparse_trt.records import PackRecord
-from esparse_trt.sections import EngineSection
-from esparse_trt.sparsity.models import family_of
-
-Shape = tuple[int, int]  # [N, K]
+from esparse_trt.sections import Traffic
 
 
 def run(
@@ -62,7 +60,7 @@ def run(
     console.print(grid(table, layers, dtype, tokens))
     note(f"table: {path}", path=str(path))
     if recipe and set(tokens) == set(BUCKETS):
-        say_decisions(table, layers, dtype, profile_tokens(recipe.engine))
+        say_decisions(table, layers, dtype, recipe.traffic)
     return table
 
 
@@ -81,11 +79,6 @@ def require_kernels(n: int, k: int, dtype: str) -> None:
         )
 
 
-def profile_tokens(section: EngineSection) -> list[int]:
-    """The numbers of tokens that the recipe's engines are built for: each profile's optimum."""
-    return sorted({profile.batch[1] * profile.sequence[1] for profile in section.profiles.values()})
-
-
 # --- which layers ------------------------------------------------------------------------------------------
 
 
@@ -97,13 +90,12 @@ def layer_shapes(recipe: Recipe | None, folder: Path | None) -> dict[Shape, list
     """
     if recipe is None:
         raise EsparseError("which layers?", fix="name a recipe, or give --shape NxK")
-    packed = _packed_shapes(folder) if folder else {}
-    shapes = packed or _planned_shapes(recipe)
+    shapes = (_packed_shapes(folder) if folder else {}) or _planned_shapes(recipe)
     if not shapes:
         raise EsparseError(
             "no layer of the model can be packed",
             where=recipe.name,
-            fix="the pack stage of `esparse-trt build` says why, layer by layer",
+            fix="`esparse-trt estimate` says why, layer by layer",
         )
     return shapes
 
@@ -113,36 +105,17 @@ def _packed_shapes(folder: Path) -> dict[Shape, list[str]]:
     manifest = load_manifest(BuildDir(folder))
     if manifest is None or "pack" not in manifest.stages:
         return {}
-    gemms = manifest.record("pack", PackRecord).gemms
-    return _by_shape((gemm.shape, gemm.name) for gemm in gemms)
+    shapes: dict[Shape, list[str]] = {}
+    for gemm in manifest.record("pack", PackRecord).gemms:
+        shapes.setdefault(gemm.shape, []).append(gemm.name)
+    return shapes
 
 
 def _planned_shapes(recipe: Recipe) -> dict[Shape, list[str]]:
-    """From the model's configuration: layers that share a site, a parent and a bias are one GEMM."""
-    config, model = empty_model(recipe)
-    sites = {linear: site.name for site in family_of(config).sites for linear in site.linears}
-    found: dict[tuple[str, str, bool], dict[str, Shape]] = {}
-    for name, linear in selected_linears(model, recipe.prune.layers).items():
-        shape = (linear.out_features, linear.in_features)
-        if es24.why_not(*shape, es24.DTYPES[0]) is None:
-            site = next((site for end, site in sites.items() if name.endswith(f".{end}")), name)
-            key = (site, name.rpartition(".")[0], linear.bias is not None)
-            found.setdefault(key, {})[name] = shape
-    return _by_shape(map(_merged, found.values()))
-
-
-def _merged(linears: dict[str, Shape]) -> tuple[Shape, str]:
-    """Shape and name of the GEMM that layers of one input become."""
-    first, *others = linears
-    name = "+".join([first, *(other.rpartition(".")[2] for other in others)])
-    return (sum(n for n, _ in linears.values()), linears[first][1]), name
-
-
-def _by_shape(gemms: Iterable[tuple[Shape, str]]) -> dict[Shape, list[str]]:
-    shapes: dict[Shape, list[str]] = {}
-    for shape, name in gemms:
-        shapes.setdefault(shape, []).append(name)
-    return shapes
+    """From the model's configuration; which shapes fit is the same for both types of two bytes."""
+    config = read_config(recipe.model)
+    found = gemms(config, empty_model(config), recipe.prune, "float16")
+    return by_shape(gemm for gemm in found if gemm.stays is None)
 
 
 def parse_shape(text: str) -> Shape:
@@ -160,40 +133,48 @@ def parse_shape(text: str) -> Shape:
 
 
 def grid(table: Table, shapes: Iterable[Shape], dtype: str, tokens: Sequence[int]) -> Grid:
-    """The rows of these layers."""
+    """The rows of these layers: dense, and ours by way of launching with its gain over dense."""
     made = Grid(box=None, pad_edge=False)
     made.add_column("[N, K]")
-    for title in ("M", "us", "± us", "dense us", "speed-up"):
+    for title in ("M", "dense us", "plain us", "±", "speed-up"):
+        made.add_column(title, justify="right")
+    made.add_column("kernel")
+    for title in ("programmatic us", "±", "speed-up"):
         made.add_column(title, justify="right")
     made.add_column("kernel")
     for n, k in shapes:
         for row in table.of_layer(n, k, dtype):
             if row.m in tokens:
-                made.add_row(*_cells(row))
+                ours = (cell for launch in LAUNCHES for cell in _cells(row, launch))
+                made.add_row(f"{row.n} x {row.k}", str(row.m), f"{row.dense.us:.2f}", *ours)
     return made
 
 
-def _cells(row: Row) -> list[Text | str]:
-    style = "green" if row.speedup > 1 else "red"
+def _cells(row: Row, launch: Launch) -> list[Text | str]:
+    ours, speedup = row.sparse(launch), row.speedup(launch)
     return [
-        f"{row.n} x {row.k}",
-        str(row.m),
-        f"{row.us:.2f}",
-        f"{(row.p90 - row.p10) / 2:.2f}",
-        f"{row.dense_us:.2f}",
-        Text(f"x{row.speedup:.2f}", style),
-        row.candidate,
+        f"{ours.us:.2f}",
+        f"{(ours.p90 - ours.p10) / 2:.2f}",
+        Text(f"x{speedup:.2f}", "green" if speedup > 1 else "red"),
+        ours.kernel,
     ]
 
 
-def say_decisions(table: Table, shapes: dict[Shape, list[str]], dtype: str, tokens: Sequence[int]) -> None:
-    """For each layer whether `auto` runs it sparse at the recipe's numbers of tokens, and why."""
+def say_decisions(
+    table: Table, shapes: dict[Shape, list[str]], dtype: str, traffic: Sequence[Traffic]
+) -> None:
+    """For each layer whether `auto` runs it sparse in TensorRT under the recipe's traffic, and why."""
     for (n, k), names in shapes.items():
-        decision = decide(table, n, k, dtype, tokens)
+        verdict = judge_rows(table.of_layer(n, k, dtype), counts(traffic))
         layers = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        style = "" if decision.sparse else "yellow"
+        slower = ", ".join(map(str, verdict.dense_faster_at))
         note(
-            f"{'sparse' if decision.sparse else 'dense ':6} [{n}, {k}] {layers}: {decision.reason}",
-            style=style, shape=[n, k], sparse=decision.sparse, code=decision.code,
-            choices=choices(table, n, k, dtype),
-        )  # fmt: skip
+            f"{'sparse' if verdict.sparse else 'dense ':6} [{n}, {k}] {layers}: {verdict.reason}"
+            + (f"; dense is faster at M = {slower}" if slower else ""),
+            style="" if verdict.sparse else "yellow",
+            shape=[n, k],
+            sparse=verdict.sparse,
+            code=verdict.code.value,
+            speedup=verdict.speedup,
+            dense_faster_at=verdict.dense_faster_at,
+        )

@@ -18,13 +18,14 @@ from esparse_trt.ablate import run_ablation
 from esparse_trt.artifacts import BuildDir, load_manifest
 from esparse_trt.cli import app
 from esparse_trt.errors import EsparseError
+from esparse_trt.evaluate.ablation import Ablation
 from esparse_trt.evaluate.report import report
 from esparse_trt.recipe import load_recipe
-from esparse_trt.records import Ablation
 from esparse_trt.sparsity.pruned import Pruned
-from esparse_trt.variants import VARIANTS, section
+from esparse_trt.variants import VARIANTS, load_grid, section
 
 runner = CliRunner()
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 ONLY = ["magnitude", "wanda", "e_sparse, residual none"]
 
 
@@ -67,14 +68,25 @@ def test_rows_say_what_differs(measured: Path):
     assert rows["e_sparse, residual none"].settings == {"permute.residual": "none"}
     assert rows["wanda"].perplexity != rows["magnitude"].perplexity
     assert all(row.kl > 0 and row.ln_ratio_ci95 > 0 and row.top1 < 1 for row in rows.values())
-    assert {path.name for path in measured.iterdir()} == {".lock", "build.json", "ablation.json"}
+    assert {path.name for path in measured.iterdir()} == {
+        ".lock", "build.json", "ablation.json", "ablation.html",
+    }  # fmt: skip
 
 
 def test_every_variant_is_a_valid_section_of_its_own():
-    recipe = load_recipe(Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml")
+    recipe = load_recipe(RECIPES / "quickstart.yaml")
     sections = [section(recipe.prune, variant).model_dump_json() for variant in VARIANTS]
     assert len(set(sections)) == len(VARIANTS)
     assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+
+
+@pytest.mark.parametrize("grid", sorted((RECIPES / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_grids_are_valid_and_have_the_baselines(grid: Path):
+    variants = load_grid(grid)
+    recipe = load_recipe(RECIPES / "quickstart.yaml")
+    sections = [section(recipe.prune, variant).model_dump_json() for variant in variants]
+    assert len(set(sections)) == len(variants)
+    assert {"wanda", "sparsegpt"} <= {variant.name for variant in variants}
 
 
 def test_a_measured_row_is_not_pruned_again(out: Path, tiny_recipe: Path, pruned: list):
@@ -164,7 +176,7 @@ def test_a_grid_of_ones_own(tiny_recipe: Path, tmp_path: Path):
     command = ["ablate", str(tiny_recipe), "--out", str(out), "--grid", str(grid)]
     assert runner.invoke(app, command).exit_code == 0
     rows = {row.name: row for row in table(out).rows}
-    assert rows.keys() == {"wanda, refitted", "wanda, 1 of 4"}
+    assert rows.keys() == {"wanda", "sparsegpt", "wanda, refitted", "wanda, 1 of 4"}
     assert rows["wanda, refitted"].settings == {"score.method": "wanda", "update.method": "obs"}
     assert rows["wanda, refitted"].kl < rows["wanda, 1 of 4"].kl
 
@@ -199,7 +211,7 @@ def test_it_needs_an_evaluation_text(tiny_recipe: Path, tmp_path: Path):
 def test_the_command_prints_the_table_best_first(out: Path, tiny_recipe: Path):
     result = runner.invoke(app, ["ablate", str(tiny_recipe), "--out", str(out), "--only", "wanda"])
     assert result.exit_code == 0
-    printed = re.findall(r"^(.+?) +([\d.]+) +-?[\d.]+ +[\d.]+ ", result.stdout, re.M)
+    printed = re.findall(r"^(.+?) +([\d.]+) +-?[\d.]+ ± [\d.]+ ", result.stdout, re.M)
     figures = {row.name: f"{row.perplexity:.3f}" for row in table(out).rows}
     assert dict(printed) == figures
     assert [float(p) for _, p in printed] == sorted(float(p) for p in figures.values())

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from esparse_trt.cli import StageName, app
+from esparse_trt.cli import app
+from esparse_trt.commands.build import StageName
 from esparse_trt.pipeline import STAGE_NAMES
 
 runner = CliRunner()

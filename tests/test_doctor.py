@@ -42,6 +42,13 @@ def test_this_machine_is_diagnosed_without_network_or_failure() -> None:
     assert finding("Python packages").status == "ok"
 
 
+def test_the_harness_of_zero_shot_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "package_version", lambda name: "0.4.9" if name == "lm-eval" else None)
+    assert (finding("lm-eval").status, finding("lm-eval").detail) == ("ok", "0.4.9")
+    monkeypatch.setattr(doctor, "package_version", lambda name: None)
+    assert finding("lm-eval").status == "missing" and "[eval]" in finding("lm-eval").fix
+
+
 def test_rtx_alone_builds_the_engines_but_triton_gets_the_onnx_model(machine) -> None:
     machine("no driver", tensorrt_rtx="1.7.1.116")
     assert (

@@ -101,7 +101,10 @@ def test_the_command_line_keeps_the_bars_of_libraries_away(tiny_recipe: Path, tm
     ],
 )
 def test_the_summary_says_what_the_plugin_does(sparse, choices: str | None, said: str):
-    layers = [EngineLayer(name="a", sparse=s, choices=choices, reason="") for s in sparse or ()]
+    layers = [
+        EngineLayer(name="a", kernel="plugin" if s else "native", code="faster", choices=choices, reason="")
+        for s in sparse or ()
+    ]
     plugin = PluginRecord(library="p.so", version="0.1.0", layout="es24-v1", kernel_set="0", table=None)
     file = EngineFile(
         file="engine/sparse.plan", bytes=1, seconds=1, onnx="onnx/engine.onnx", onnx_sha256={},

@@ -12,7 +12,10 @@ from subprocess import run
 
 import pytest
 
-from esparse_trt.records import Ablation
+from esparse_trt.evaluate import bench_text
+from esparse_trt.evaluate.ablation import load_ablation
+from esparse_trt.evaluate.ablation_page import markdown
+from esparse_trt.evaluate.bench_record import load_bench
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,17 +86,15 @@ def test_the_table_of_recipes_is_complete():
     ],
 )
 def test_the_tables_are_what_was_measured(model: str):
-    table = Ablation.model_validate_json(
-        (ROOT / "recipes" / "results" / f"ablation-{model}.json").read_text()
-    )
-    for row in table.rows:
-        figures = (
-            f"{row.perplexity:.3f}",
-            f"{row.ln_ratio:.3f} ± {row.ln_ratio_ci95:.3f}",
-            f"{row.kl:.3f}",
-            f"{row.top1:.1%}",
-        )
-        assert f"| {row.name} | {' | '.join(figures)} |" in README
+    table = load_ablation(ROOT / "recipes" / "results" / f"ablation-{model}.json")
+    assert table is not None and markdown(table) in README
+
+
+def test_the_end_to_end_tables_are_what_was_measured():
+    bench = load_bench(ROOT / "tests/benchmarks/results/llama-7b-h100.json")
+    assert bench is not None
+    for table in (bench_text.end_to_end(bench), bench_text.predictions(bench)):
+        assert table.split("\n\n")[-1].strip() in README
 
 
 def test_every_link_points_at_a_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -251,21 +252,42 @@ def test_the_explanation_says_what_each_stage_will_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "text"),
     [
-        ({}, "Sparse-GEMM plugin where it can be used, TensorRT"),
-        ({"plugin": "required", "plugin_library": "p.so"}, "Sparse-GEMM plugin for all packed layers ("),
-        ({"plugin": "none"}, "no Sparse-GEMM plugin, TensorRT"),
+        ({}, "2:4 layers in the Sparse-GEMM plugin where that is faster, TensorRT"),
+        ({"sparse_gemm": "plugin", "plugin_library": "p.so"}, "packed layers in the Sparse-GEMM plugin ("),
+        ({"sparse_gemm": "native"}, "2:4 layers in TensorRT's own kernels, TensorRT"),
+        ({"sparse_gemm": "dense"}, "no kernels for sparse weights, TensorRT"),
         ({"table": "h100.json"}, "h100.json, TensorRT"),
     ],
 )
-def test_the_explanation_of_the_plugin(tmp_path: Path, engine: dict, text: str) -> None:
+def test_the_explanation_of_what_multiplies(tmp_path: Path, engine: dict, text: str) -> None:
     assert text in explain(load(tmp_path, {"engine": engine}))
 
 
-def test_a_plugin_setting_that_is_none_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(
-        EsparseError, match=r"`engine\.plugin`: unknown value \(valid: auto, required, none\)"
-    ):
-        load(tmp_path, {"engine": {"plugin": "always"}})
+def test_an_unknown_kind_of_kernel_is_an_error(tmp_path: Path) -> None:
+    valid = r"`engine\.sparse_gemm`: unknown value \(valid: auto, plugin, native, dense\)"
+    with pytest.raises(EsparseError, match=valid):
+        load(tmp_path, {"engine": {"sparse_gemm": "always"}})
+
+
+def test_the_traffic_in_words(tmp_path: Path) -> None:
+    traffic = [{"batch": 1, "weight": 3}, {"batch": 64, "prompt": 2048, "generated": 256}]
+    text = explain(load(tmp_path, {"traffic": traffic}))
+    assert "75% batch 1, prompt 512, 128 generated; 25% batch 64, prompt 2048, 256 generated" in text
+
+
+@pytest.mark.parametrize(
+    ("traffic", "words"),
+    [
+        ([], "traffic"),
+        ([{"batch": 0}], "traffic.0.batch"),
+        ([{"weight": 0}], "traffic.0.weight"),
+        ([{"promt": 512}], "did you mean `prompt`"),
+        ({"batch": 1}, "traffic"),
+    ],
+)
+def test_traffic_that_is_none_is_an_error(tmp_path: Path, traffic, words: str) -> None:
+    with pytest.raises(EsparseError, match=re.escape(words)):
+        load(tmp_path, {"traffic": traffic})
 
 
 def test_the_explanation_of_what_is_left_out(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def test_without_nvcc_the_package_is_built_without_kernels(tmp_path, wish):
     assert result.returncode == 0, result.stderr
     assert ("no nvcc and cmake on PATH: the CUDA kernels are not built" in result.stderr) == (wish == "auto")
     assert (tmp_path / "lib/esparse_trt/cli.py").is_file()
+    assert (tmp_path / "lib/esparse_trt/engine/tables/h100.json").is_file()
     assert not (tmp_path / "lib/esparse_trt/lib").exists()
 
 

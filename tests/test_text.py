@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from esparse_trt import model as models
@@ -171,6 +173,55 @@ def test_rows_as_lines_are_one_text_joined_by_blank_lines(tmp_path, tokenizer) -
     windows = text.evaluation_windows(source, tokenizer, length=40)
     expected = encode(tokenizer, "\n\n".join(rows))
     assert windows[:, 1:].flatten().tolist() == expected[: len(windows) * 39]
+
+
+PARAGRAPHS = [
+    f" = Title {i} = \n" if i % 5 == 0 else f" Paragraph {i} of <unk> words . \n" for i in range(200)
+]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """Copies of three data sets in small, with the files and columns that they have on the hub."""
+    configs = {"configs": [{"config_name": "wikitext-2-raw-v1", "data_files": [
+        {"split": "test", "path": "wikitext-2-raw-v1/test-*.parquet"}]}]}  # fmt: skip
+    wikitext, c4, ptb = (tmp_path / name for name in ("wikitext", "c4", "ptb_text_only"))
+    for folder in (wikitext / "wikitext-2-raw-v1", c4 / "en", ptb / "test"):
+        folder.mkdir(parents=True)
+    (wikitext / "README.md").write_text(f"---\n{yaml.safe_dump(configs)}---\n")
+    datasets.Dataset.from_dict({"text": PARAGRAPHS}).to_parquet(
+        wikitext / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"
+    )
+    pages = [
+        {"text": line.strip(), "timestamp": "2019", "url": f"https://{i}"}
+        for i, line in enumerate(PARAGRAPHS)
+    ]
+    with gzip.open(c4 / "en" / "c4-validation.00000-of-00008.json.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, pages)))
+    datasets.Dataset.from_dict({"sentence": PARAGRAPHS}).to_parquet(ptb / "test" / "0000.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "options, joined",
+    [
+        ({"name": "wikitext", "config": "wikitext-2-raw-v1", "split": "test", "rows": "lines"}, True),
+        ({"name": "c4", "data_files": ["en/c4-validation.00000-of-00008.json.gz"]}, False),
+        ({"name": "ptb_text_only", "split": "test", "column": "sentence", "rows": "lines"}, True),
+    ],
+    ids=["WikiText-2", "C4", "PTB"],
+)
+def test_the_texts_of_the_literature_from_a_local_copy(
+    hub: Path, tokenizer, options: dict, joined: bool
+) -> None:
+    source = TextDataset(source="dataset", **options | {"name": str(hub / options["name"])})
+    windows = text.evaluation_windows(source, tokenizer, length=64, samples=16)
+    lines = PARAGRAPHS if joined else [line.strip() for line in PARAGRAPHS]
+    stream = encode(tokenizer, "\n\n".join(lines)) if joined else [
+        token for line in lines for token in [*encode(tokenizer, line), EOS]
+    ]  # fmt: skip
+    assert len(windows) == 16 and (windows[:, 0] == BOS).all()
+    assert windows[:, 1:].flatten().tolist() == stream[: 16 * 63]
 
 
 def test_independent_rows_are_shuffled_before_calibration_reads_the_first_of_them(jsonl, tokenizer) -> None:

@@ -11,12 +11,16 @@ from esparse_trt.graph.flood import Permutation, explicit_permutations
 from esparse_trt.graph.graph import OnnxGraph, attribute
 from esparse_trt.graph.groups import examine
 from esparse_trt.progress import track
-from esparse_trt.records import ExportRecord, PackRecord
+from esparse_trt.records import ExportRecord, PackRecord, Reason, StaysDense
 from esparse_trt.sparsity.pattern import Pattern
 
 
 class NotPacked(Exception):
     """A layer stays as it is; the message says why."""
+
+    def __init__(self, reason: str, code: Reason = Reason.not_plain) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,20 @@ class Group:
         return sum(linear.shape[0] for linear in self.linears), self.linears[0].shape[1]
 
 
-def find_groups(graph: OnnxGraph, exported: ExportRecord) -> tuple[list[Group], dict[str, str]]:
+def find_groups(graph: OnnxGraph, exported: ExportRecord) -> tuple[list[Group], dict[str, StaysDense]]:
     """The layers that can be packed, in the groups in which they are; of the others, module -> reason.
 
     Grouping stops at the parent module: experts may all read one tensor, and one GEMM of them all would need
     memory for all their weights at once.
     """
     members: dict[tuple[str, str, bool], list[Linear]] = {}
-    dense: dict[str, str] = {}
+    dense: dict[str, StaysDense] = {}
     for module, weight in track(list(exported.linears.items()), "check weights", unit="layer"):
         try:
             linear = find_linear(graph, module, weight)
             _check_weight(graph, linear)
         except NotPacked as reason:
-            dense[module] = str(reason)
+            dense[module] = StaysDense(code=reason.code, reason=str(reason))
             continue
         key = (linear.source, module.rpartition(".")[0], linear.bias is not None)
         members.setdefault(key, []).append(linear)
@@ -142,10 +146,11 @@ def _is_bias(graph: OnnxGraph, name: str, rows: int) -> bool:
 def _check_weight(graph: OnnxGraph, linear: Linear) -> None:
     dtype = helper.tensor_dtype_to_np_dtype(graph.initializers[linear.weight].data_type)
     if reason := es24.why_not(*linear.shape, dtype):
-        raise NotPacked(reason)
+        fits = dtype in es24.DTYPES
+        raise NotPacked(reason, Reason.not_eligible_shape if fits else Reason.not_eligible_dtype)
     found = examine(graph.read(linear.weight), linear.k_axis, Pattern.parse(sparse_gemm.PATTERN))
     if found.violation:
-        raise NotPacked(f"its weight is not {sparse_gemm.PATTERN}: {found.violation}")
+        raise NotPacked(f"its weight is not {sparse_gemm.PATTERN}: {found.violation}", Reason.not_2_4)
 
 
 def _absorbed(graph: OnnxGraph, linears: list[Linear], gathers: dict[str, Permutation]) -> Permutation | None:

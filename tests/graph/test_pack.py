@@ -28,7 +28,7 @@ from esparse_trt.graph.linears import find_linear
 from esparse_trt.graph.pack import pack
 from esparse_trt.graph.proof import LIMIT, example_feeds, relative_l2
 from esparse_trt.recipe import parse_recipe
-from esparse_trt.records import ExportRecord
+from esparse_trt.records import ExportRecord, Reason
 from esparse_trt.sparsity.pattern import Pattern, nm_mask
 
 COMMON = dict(vocab_size=96, hidden_size=128, num_hidden_layers=1, num_attention_heads=2)
@@ -220,8 +220,8 @@ def test_a_dense_layer_among_sparse_ones(builds: Any, tmp_path: Path) -> None:
     operators = {gemm.name.rsplit(".", 1)[-1]: gemm.operator for gemm in record.gemms}
     assert operators["q_proj+k_proj"] == "SparseGemmBias"
     assert operators["gate_proj+up_proj"] == "SparseGemmPermute"
-    assert "its weight is not 2:4: row 0, group 0" in record.dense["model.layers.0.self_attn.v_proj"]
-    assert "is shared with other nodes" in record.dense["lm_head"]  # tied to the embedding
+    assert "its weight is not 2:4: row 0, group 0" in record.dense["model.layers.0.self_attn.v_proj"].reason
+    assert "is shared with other nodes" in record.dense["lm_head"].reason  # tied to the embedding
     kept = [n.name for n in OnnxGraph(tmp_path / "onnx" / "packed.onnx").model.graph.node]
     assert set(build.exported.gathers) - record.permutations.keys() == set(build.exported.gathers) & set(kept)
     assert list(record.permutations.values()) == ["model.layers.0.mlp.gate_proj+up_proj"]
@@ -235,7 +235,7 @@ def test_other_uses_of_a_weight(builds: Any, tmp_path: Path) -> None:
     next(item for item in nodes["fc1"].attribute if item.name == "alpha").f = 0.5
     model.graph.node.append(onnx.helper.make_node("Identity", [nodes["q_proj"].input[1]], ["as_it_is"]))
     record = pack(*changed_build(build, tmp_path, model, {}))
-    reasons = {layer.rpartition(".")[2]: reason for layer, reason in record.dense.items()}
+    reasons = {layer.rpartition(".")[2]: dense.reason for layer, dense in record.dense.items()}
     assert "Gemm 'model.decoder.layers.0.fc1' is not a plain linear layer" in reasons["fc1"]
     assert "is shared with other nodes" in reasons["q_proj"]
     assert {"k_proj+v_proj", "fc2"} <= {gemm.name.rpartition(".")[2] for gemm in record.gemms}
@@ -252,7 +252,9 @@ def test_fp32_is_not_packed(families: Any) -> None:
     assert record.gemms == []
     assert (record.bytes, record.logits_error) == (0, None)
     assert record.dense.keys() == build.exported.linears.keys()
-    assert set(record.dense.values()) == {"es24-v1 holds float16 or bfloat16, not float32"}
+    assert {(dense.code, dense.reason) for dense in record.dense.values()} == {
+        (Reason.not_eligible_dtype, "es24-v1 holds float16 or bfloat16, not float32")
+    }
     assert not any(path.exists() for path in stale)
 
 
