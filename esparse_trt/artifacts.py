@@ -107,19 +107,32 @@ def load_manifest(folder: BuildDir) -> Manifest | None:
     Raises:
         EsparseError: `build.json` is there but cannot be read.
     """
-    if not folder.manifest.exists():
-        return None
-    try:
-        return Manifest.model_validate_json(folder.manifest.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise EsparseError(
-            f"not a manifest that this version understands: {error}",
-            where=folder.manifest,
-            fix="start over with --fresh",
-        ) from error
+    return read_record(folder.manifest, Manifest, "manifest", "start over with --fresh")
 
 
 # --- files -----------------------------------------------------------------------------------------------
+
+
+def read_record(path: Path, kind: type[R], what: str, fix: str) -> R | None:
+    """A record from its JSON file, or None where there is none.
+
+    Args:
+        path: the file.
+        kind: its class.
+        what: it is called that in the error.
+        fix: what the error tells to do.
+
+    Raises:
+        EsparseError: the file is there but cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise EsparseError(
+            f"not a {what} that this version understands: {error}", where=path, fix=fix
+        ) from error
 
 
 def sha256_file(path: Path, chunk: int = 1 << 22) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
-from esparse_trt.errors import EsparseError
+from esparse_trt.artifacts import read_record
 from esparse_trt.evaluate.perplexity import log_ratio
 from esparse_trt.records import Record
 
@@ -69,16 +69,7 @@ def load_ablation(path: Path) -> Ablation | None:
     Raises:
         EsparseError: the file is there but cannot be read.
     """
-    if not path.exists():
-        return None
-    try:
-        return Ablation.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise EsparseError(
-            f"not an ablation table that this version understands: {error}",
-            where=path,
-            fix="delete the file and run `esparse-trt ablate` again",
-        ) from error
+    return read_record(path, Ablation, "ablation table", "delete the file and run `esparse-trt ablate` again")
 
 
 class Difference(NamedTuple):

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from esparse_trt.artifacts import write_atomic
-from esparse_trt.errors import EsparseError
+from esparse_trt.artifacts import read_record, write_atomic
 from esparse_trt.estimate.record import Prediction
 from esparse_trt.records import Reason, Record
 
@@ -239,16 +238,7 @@ def load_bench(path: Path) -> Bench | None:
     Raises:
         EsparseError: the file is there but cannot be read.
     """
-    if not path.exists():
-        return None
-    try:
-        return Bench.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise EsparseError(
-            f"not a benchmark that this version understands: {error}",
-            where=path,
-            fix="delete the file and run `esparse-trt bench` again",
-        ) from error
+    return read_record(path, Bench, "benchmark", "delete the file and run `esparse-trt bench` again")
 
 
 def save_bench(bench: Bench, path: Path) -> None:
