@@ -107,7 +107,7 @@ def load_manifest(folder: BuildDir) -> Manifest | None:
     Raises:
         EsparseError: `build.json` is there but cannot be read.
     """
-    return read_record(folder.manifest, Manifest, "manifest", "start over with --fresh")
+    return read_record(folder.manifest, Manifest, "a manifest", "start over with --fresh")
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def read_record(path: Path, kind: type[R], what: str, fix: str) -> R | None:
     Args:
         path: the file.
         kind: its class.
-        what: it is called that in the error.
+        what: what it should be, as the error calls it: "a manifest".
         fix: what the error tells to do.
 
     Raises:
@@ -131,7 +131,7 @@ def read_record(path: Path, kind: type[R], what: str, fix: str) -> R | None:
         return kind.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise EsparseError(
-            f"not a {what} that this version understands: {error}", where=path, fix=fix
+            f"not {what} that this version understands: {error}", where=path, fix=fix
         ) from error
 
 

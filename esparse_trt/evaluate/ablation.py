@@ -69,7 +69,9 @@ def load_ablation(path: Path) -> Ablation | None:
     Raises:
         EsparseError: the file is there but cannot be read.
     """
-    return read_record(path, Ablation, "ablation table", "delete the file and run `esparse-trt ablate` again")
+    return read_record(
+        path, Ablation, "an ablation table", "delete the file and run `esparse-trt ablate` again"
+    )
 
 
 class Difference(NamedTuple):

@@ -238,7 +238,7 @@ def load_bench(path: Path) -> Bench | None:
     Raises:
         EsparseError: the file is there but cannot be read.
     """
-    return read_record(path, Bench, "benchmark", "delete the file and run `esparse-trt bench` again")
+    return read_record(path, Bench, "a benchmark", "delete the file and run `esparse-trt bench` again")
 
 
 def save_bench(bench: Bench, path: Path) -> None:
