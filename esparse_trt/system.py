@@ -11,10 +11,26 @@ from pathlib import Path
 
 import torch
 
+from esparse_trt.errors import EsparseError
+
 _PACKAGES = (
     "torch", "transformers", "onnx", "onnxruntime", "onnx-graphsurgeon", "polygraphy", "tensorrt",
     "tensorrt-rtx-cu13",
 )  # fmt: skip
+
+
+def require_gpu(fix: str) -> None:
+    """See that torch has a GPU to measure.
+
+    Args:
+        fix: what the error tells to do.
+
+    Raises:
+        EsparseError: there is none, or torch was built without CUDA.
+    """
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else f"; torch {torch.__version__} is built without CUDA"
+        raise EsparseError(f"this measures an NVIDIA GPU, and torch finds none{built}", fix=fix)
 
 
 def environment() -> dict[str, str]:

@@ -24,6 +24,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from esparse_trt.artifacts import write_atomic
 from esparse_trt.errors import EsparseError
 from esparse_trt.progress import note
 
@@ -103,7 +104,7 @@ class Table:
         return [row for key, row in sorted(self.rows.items()) if key[:3] == (n, k, dtype)]
 
     def save(self, path: Path) -> None:
-        """Write the file under another name, then rename it into place."""
+        """Write the file."""
         content = {
             "schema": SCHEMA,
             "device": asdict(self.device),
@@ -112,10 +113,7 @@ class Table:
             "date": self.date,
             "rows": [asdict(row) for _, row in sorted(self.rows.items())],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(path)
+        write_atomic(path, json.dumps(content, indent=1))
 
 
 def default_path(gpu_name: str) -> Path:

@@ -36,6 +36,7 @@ from esparse_trt.engine.table import (
 )
 from esparse_trt.errors import EsparseError
 from esparse_trt.progress import note, track
+from esparse_trt.system import require_gpu
 
 KEEP = 1.08  # slower than the best by no more: timed again
 MOST = 4  # of them
@@ -53,12 +54,7 @@ def this_device(kernels: Kernels) -> Device:
     Raises:
         EsparseError: there is none, or torch was built without CUDA.
     """
-    if not torch.cuda.is_available():
-        built = "" if torch.version.cuda else f"; torch {torch.__version__} is built without CUDA"
-        raise EsparseError(
-            f"tuning needs an NVIDIA GPU, and torch finds none{built}",
-            fix="run it on the machine that will serve the model, with a CUDA build of torch",
-        )
+    require_gpu("run it on the machine that will serve the model, with a CUDA build of torch")
     gpu = kernels.current_gpu()
     return Device(
         torch.cuda.get_device_name(), gpu.capability, gpu.multiprocessors, driver_version(),

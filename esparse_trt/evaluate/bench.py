@@ -127,12 +127,7 @@ def this_setting(subject: Subject, grid: Grid, meter: Meter | str) -> Setting:
     Raises:
         EsparseError: there is no GPU, or no kernel library.
     """
-    if not torch.cuda.is_available():
-        built = "" if torch.version.cuda else f"; torch {torch.__version__} is built without CUDA"
-        raise EsparseError(
-            f"this measures an NVIDIA GPU, and torch finds none{built}",
-            fix="run it on the machine that will serve the model; `--show FILE` prints an earlier run",
-        )
+    system.require_gpu("run it on the machine that will serve the model; `--show FILE` prints an earlier run")
     kernels = library.load()
     gpu = torch.cuda.get_device_properties()
     device = Device(

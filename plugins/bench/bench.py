@@ -33,6 +33,7 @@ from render import render
 from shapes import TOKENS, names
 
 from esparse_trt import progress
+from esparse_trt.artifacts import write_atomic
 from esparse_trt.engine import timing
 from esparse_trt.engine.kernels import Gpu, Kernels, load
 from esparse_trt.engine.operands import Launch, Operands
@@ -277,11 +278,8 @@ def resume(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(path: Path, result: Mapping[str, Any]) -> None:
-    """Write the JSON file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=1))
-    temporary.replace(path)
+    """Write the JSON file."""
+    write_atomic(path, json.dumps(result, indent=1))
 
 
 def arguments() -> argparse.Namespace:

@@ -7,7 +7,8 @@
 //   t = fixed + waves (steps max(flop / rate, bytes / bandwidth) + tile + [split > 1] reduce),
 //
 // and no less than the time in which the weights arrive from memory. The constants are fitted to times measured on an
-// H100 by plugins/bench/fit.py, which also says how good the choices are; those of ampere and reference are estimates.
+// H100, those of CUTLASS by plugins/bench/fit.py, which also says how good the choices are, those of decode and wgmma
+// earlier, before all families were in one table; those of ampere and reference are estimates.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

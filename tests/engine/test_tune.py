@@ -322,7 +322,7 @@ def test_the_command_without_a_gpu_or_library_is_one_clear_error(monkeypatch, tm
     monkeypatch.setattr(tuning.library, "load", Library)
     result = CliRunner().invoke(app, ["tune", "--shape", "4096x4096", "--table", str(tmp_path / "t.json")])
     assert result.exit_code == 2
-    assert "tuning needs an NVIDIA GPU" in result.output
+    assert "this measures an NVIDIA GPU" in result.output
     monkeypatch.undo()
     monkeypatch.setenv("ESPARSE_LIBRARY_DIR", str(tmp_path))
     tuning.library.load.cache_clear()
