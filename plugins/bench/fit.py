@@ -35,12 +35,8 @@ Floats = NDArray[np.float64]
 Cell = Mapping[str, Any]
 
 H100 = Gpu(90, 132)
-MODELS = {  # part of names, the last that fits -> fixed, rate, bandwidth, tile, reduce to start with
-    "decode_": (870, 6100, 38, 320, 800),
-    "wgmma_": (1780, 8600, 88, 2100, 1950),
-    "cutlass_": (2760, 9820, 170, 1410, 1950),
-    "_streamk_": (2310, 7940, 152, 1250, 8550),
-}
+HEURISTIC = Path(__file__).parents[1] / "kernels" / "heuristic.cpp"
+GUESSED = ("ampere_", "reference")  # rows that no benchmark has times for
 MEMORY = 22.5  # bytes per nanosecond and multiprocessor
 TILE_K = 128
 UNLISTED = 1.2
@@ -71,6 +67,15 @@ class Timed(NamedTuple):
     us: Floats
     listed: NDArray[np.bool_]  # whether `us` was measured
     best: Floats  # by cell
+
+
+def read_models() -> dict[str, tuple[float, ...]]:
+    """Rows of `kModels`: part of names, the last that fits -> fixed, rate, bandwidth, tile, reduce."""
+    rows = re.findall(r'{"(\w+)", ([\d., ]+)}', HEURISTIC.read_text())
+    return {part: tuple(map(float, row.split(","))) for part, row in rows if part not in GUESSED}
+
+
+MODELS = read_models()
 
 
 def parse(name: str) -> Tile | None:
@@ -178,7 +183,7 @@ def read(path: Path, kernels: Kernels) -> list[Cell]:
     Raises:
         EsparseError: there are none.
     """
-    found = []
+    found: list[Cell] = []
     for cell in json.loads(path.read_text())["cells"]:
         listed = {name: us for name, us in cell["candidates"].items() if name in kernels.candidates}
         if listed:

@@ -31,10 +31,10 @@
 
 namespace esparse {
 
-// Two warpgroups share a tile; stream-K splits the K of tiles that do not fill the GPU. Not here, as they won
-// nowhere on an H100: clusters of 2x2, tokens in tiles of 96 and 256. Pingpong (a warpgroup a tile) won by more than
-// noise at 4096x4096 with M = 32 alone, where wgmma.cuh is faster than both.
-enum class CutlassKind { kCooperative, kStreamK };
+// Cooperative: two warpgroups share a tile. Pingpong: each has its own, and stores it while the other multiplies,
+// which pays where K is short. Stream-K splits the K of tiles that do not fill the GPU. Not here, as they won nowhere
+// on an H100: clusters of 4 CTAs, tokens in tiles of 96 and 256.
+enum class CutlassKind { kCooperative, kPingpong, kStreamK };
 
 // How the tiles of one launch are dealt out to CTAs.
 struct CutlassSchedule {
@@ -46,6 +46,7 @@ struct CutlassSchedule {
 template <typename Element, int kTileN, int kTileM, int kClusterN, int kClusterM, CutlassKind kKind>
 struct CutlassGemm {
   static constexpr bool kStreamK = kKind == CutlassKind::kStreamK;
+  static constexpr bool kPingpong = kKind == CutlassKind::kPingpong;
   using Tile = cute::Shape<cute::Int<kTileN>, cute::Int<kTileM>, cute::Int<kTileK>>;
   using Cluster = cute::Shape<cute::Int<kClusterN>, cute::Int<kClusterM>, cute::_1>;
 
@@ -58,12 +59,16 @@ struct CutlassGemm {
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::ColumnMajor, 8, Element,
-      cutlass::layout::ColumnMajor, 8, cutlass::epilogue::TmaWarpSpecializedCooperative, AddBias>::CollectiveOp;
+      cutlass::layout::ColumnMajor, 8,
+      cute::conditional_t<kPingpong, cutlass::epilogue::TmaWarpSpecialized,
+                          cutlass::epilogue::TmaWarpSpecializedCooperative>,
+      AddBias>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, cutlass::layout::RowMajor, 8, Element,
       cutlass::layout::ColumnMajor, 8, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
-      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+      cute::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
+                          cutlass::gemm::KernelTmaWarpSpecializedCooperative>>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<
       cute::Shape<int, int, int, int>, Mainloop, Epilogue,
       cute::conditional_t<kStreamK, cutlass::gemm::StreamKScheduler, cutlass::gemm::PersistentScheduler>>;
@@ -142,10 +147,12 @@ class Cutlass final : public Candidate {
  public:
   explicit Cutlass(const CutlassSchedule& schedule) : schedule_(schedule) {}
 
-  // cutlass_256x128_c21_w2n: tile (rows x tokens), cluster, swizzle, order; cutlass_128x64_streamk_c11_s4n: splits.
+  // cutlass_256x128_c21_w2n: tile (rows x tokens), cluster, swizzle, order; cutlass_128x128_pingpong_c12_w1m;
+  // cutlass_128x64_streamk_c11_s4n: splits in place of the swizzle.
   std::string name() const override {
     const auto number = [](int n) { return std::to_string(n); };
     std::string name = "cutlass_" + number(kTileN) + "x" + number(kTileM);
+    if (kKind == CutlassKind::kPingpong) name += "_pingpong";
     if (kKind == CutlassKind::kStreamK) name += "_streamk";
     name += "_c" + number(kClusterN) + number(kClusterM);
     name += kKind == CutlassKind::kStreamK ? "_s" + number(schedule_.splits) : "_w" + number(schedule_.swizzle);

@@ -4,17 +4,21 @@
 // there than CTAs fit, several. K is cut into tiles of 128, the tiles into `splits` contiguous ranges, one for each CTA
 // of a cluster; inside a CTA the tiles go round robin to the kDepthWarps warps of a row group. So a warp's work is a
 // list of (16 rows, 128 k) tiles of 2 KiB of values and 256 bytes of metadata, which it streams through a ring of its
-// own in shared memory, kStages deep: the main loop synchronises with nothing but its own copies, the whole ring is in
-// flight before x arrives, and it stays full from one row block to the next. The ring costs no registers, so the CTAs
-// of the next kernel can be resident under programmatic launch and fill their rings while this one drains.
+// own in shared memory, kStages deep: the main loop synchronises with nothing but its own copies, and the ring stays
+// full from one row block to the next. The ring costs no registers, so the CTAs of the next kernel can be resident
+// under programmatic launch and fill their rings while this one drains.
+//
+// x comes from L2, but a copy that is asked for behind a GPU full of rings arrives behind them, and the memory then
+// idles while full rings wait for x. So x goes first, except under programmatic launch, where it has to wait for the
+// previous kernel.
 //
 // Fragments: values lie in the ring as rows of 128 bytes, 16-byte chunks swizzled by row % 8, so that ldmatrix reads A
 // without conflicts; x lies as rows padded by 16 bytes, which does the same for B. The metadata words are those that
 // mma.sp consumes: for the 32 k of block q, lanes t = lane % 4 in {2s, 2s+1} supply word (h = t % 2, g = lane / 4, q)
 // under selector s. With s = q / 2 every lane reads one pair of words, and no lane reads what another does.
 //
-// Sums: each warp pushes its 16 x M partial sums to the CTA of the cluster that owns those rows; the owner adds them in
-// a fixed order, so results do not depend on timing.
+// Sums: each warp pushes its 16 x M partial sums to the CTA of the cluster that owns those rows, into whose barrier the
+// copies count; the owner adds them in a fixed order, so results do not depend on timing.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -72,7 +76,8 @@ class Stream {
                          static_cast<const uint4*>(p_.values) + (values_[i] + tile * (kTileK / 16)), bytes, policy_);
       if (lane < kMetadataBytes / 16)
         ptx::cp_async_16(to + kValuesBytes + 16 * lane,
-                         reinterpret_cast<const uint4*>(p_.metadata) + (metadata_ + tile * metadata_tile_), 16, policy_);
+                         reinterpret_cast<const uint4*>(p_.metadata) + (metadata_ + tile * metadata_tile_), 16,
+                         policy_);
       if ((tile_ += C::kDepthWarps) >= share_.tiles) {
         tile_ = depth_warp();
         block_ += gridDim.x;
@@ -111,24 +116,33 @@ __device__ void load_x(const esparse_gemm& p, const Share& share, const Plan& at
   const int valid = min(static_cast<int>(p.k) - first_k, share.tiles * static_cast<int>(kTileK));
   const T* x = static_cast<const T*>(p.x);
   if (!p.permutation) {
-    if (threadIdx.x < 32) {
-      const uint32_t barrier = ptx::shared_address(shared + at.barrier);
-      if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(barrier, m * valid * 2);
-      __syncwarp();
-      for (int token = threadIdx.x; token < m; token += 32)
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const uint32_t barrier = ptx::shared_address(shared + at.barriers);
+    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(barrier, m * valid * 2);
+    if (threadIdx.x % 32 == 0)
+#pragma unroll 1
+      for (int token = warp; token < m; token += warps)
         ptx::cp_async_bulk(ptx::shared_address(shared + at.x + token * at.x_stride), x + token * p.k + first_k,
                            valid * 2, barrier);
-    }
     return;
   }
-  const int pieces = valid / 8;  // of 16 bytes
-  for (int i = threadIdx.x; i < m * pieces; i += blockDim.x) {
-    const int token = i / pieces, piece = i % pieces;
+  // A thread gathers 8 channels of two tokens at a time: 16 loads in flight.
+  const int pieces = valid / 8, pairs = (m + 1) / 2;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < pairs * pieces; i += blockDim.x) {
+    const int token = 2 * (i / pieces), piece = i % pieces;
     const int4* from = reinterpret_cast<const int4*>(p.permutation + first_k) + 2 * piece;
     const int4 low = __ldg(from), high = __ldg(from + 1);
-    const T* row = x + token * p.k;
-    T out[8] = {row[low.x], row[low.y], row[low.z], row[low.w], row[high.x], row[high.y], row[high.z], row[high.w]};
-    *reinterpret_cast<uint4*>(shared + at.x + token * at.x_stride + 16 * piece) = *reinterpret_cast<uint4*>(out);
+    const auto gather = [&](const T* row, T(&out)[8]) {
+      out[0] = row[low.x], out[1] = row[low.y], out[2] = row[low.z], out[3] = row[low.w];
+      out[4] = row[high.x], out[5] = row[high.y], out[6] = row[high.z], out[7] = row[high.w];
+    };
+    __align__(16) T out[2][8];
+    gather(x + token * p.k, out[0]);
+    gather(x + min(token + 1, m - 1) * p.k, out[1]);
+    unsigned char* to = shared + at.x + token * at.x_stride + 16 * piece;
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(out[0]);
+    if (token + 1 < m) *reinterpret_cast<uint4*>(to + at.x_stride) = *reinterpret_cast<const uint4*>(out[1]);
   }
 }
 
@@ -161,23 +175,27 @@ __device__ void multiply(float (&sums)[kTokenGroups][4], uint32_t stage, const u
     }
 }
 
-// Push a warp's sums to the owners of their rows.
-template <typename C, int kTokenGroups>
-__device__ void push_sums(const float (&sums)[kTokenGroups][4], int m, int row_warp, int depth_warp, int rank,
-                          const Plan& at, const unsigned char* partials) {
+// Push a warp's sums to the owners of their rows: in the cluster, counted by the owner's barrier, or in the CTA.
+template <typename C, bool kCluster, int kTokenGroups>
+__device__ void push_sums(const float (&sums)[kTokenGroups][4], int m, int slot, int row_warp, const Plan& at,
+                          uint32_t partials, uint32_t barrier) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int slot = rank * C::kDepthWarps + depth_warp;
-  const uint32_t first = ptx::shared_address(partials) + slot * m * at.partials_stride * 4;
 #pragma unroll
   for (int upper = 0; upper < 2; ++upper) {
-    const int row = row_warp * kWarpRows + 8 * upper + g, owner = row >> at.log_owned;
-    const uint32_t to = ptx::mapa(first, owner) + (row - (owner << at.log_owned)) * 4;
+    const int row = row_warp * kWarpRows + 8 * upper + g, owner = kCluster ? row >> at.log_owned : 0;
+    uint32_t to = partials + (slot * m * at.partials_stride + row - (owner << at.log_owned)) * 4, counted = barrier;
+    if (kCluster) to = ptx::mapa(to, owner), counted = ptx::mapa(barrier, owner);
 #pragma unroll
     for (int group = 0; group < kTokenGroups; ++group)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        if (const int token = 8 * group + 2 * t + i; token < m)
-          ptx::st_shared_cluster(to + token * at.partials_stride * 4, sums[group][2 * upper + i]);
+        if (const int token = 8 * group + 2 * t + i; token < m) {
+          const uint32_t there = to + token * at.partials_stride * 4;
+          if (kCluster)
+            ptx::st_async(there, sums[group][2 * upper + i], counted);
+          else
+            ptx::st_shared(there, sums[group][2 * upper + i]);
+        }
   }
 }
 
@@ -198,15 +216,19 @@ template <typename T, typename C>
 __device__ void store_y(const esparse_gemm& p, const Output<C>& output, uint2 bias_bits, const Plan& at,
                         const float* partials) {
   if (output.row >= p.n) return;
-  const int m = static_cast<int>(p.m), slots = C::kDepthWarps << at.log_splits;
+  const int m = static_cast<int>(p.m);
   const T* bias = reinterpret_cast<const T*>(&bias_bits);
+#pragma unroll 1
   for (int token = 4 * threadIdx.x >> at.log_owned; token < m; token += 4 * C::kThreads >> at.log_owned) {
     float sum[4] = {};
-    for (int slot = 0; slot < slots; ++slot) {
-      const float* from = partials + (slot * m + token) * at.partials_stride + output.local;
-      const float4 part = *reinterpret_cast<const float4*>(from);
-      sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
-    }
+    const float* from = partials + token * at.partials_stride + output.local;
+#pragma unroll 1
+    for (int split = 0; split < 1 << at.log_splits; ++split)
+#pragma unroll
+      for (int depth = 0; depth < C::kDepthWarps; ++depth, from += m * at.partials_stride) {
+        const float4 part = *reinterpret_cast<const float4*>(from);
+        sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
+      }
     __align__(8) T out[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) out[i] = static_cast<T>(sum[i] + static_cast<float>(bias[i]));
@@ -222,25 +244,31 @@ __global__ void __launch_bounds__(C::kThreads) decode(const __grid_constant__ es
   extern __shared__ __align__(128) unsigned char shared[];
   const int lane = threadIdx.x % 32;
   const Share share(p, C::kRows, at);
-
-  // Up to griddepcontrol_wait, nothing depends on the previous kernel.
-  if (at.log_splits) ptx::barrier_cluster_arrive_relaxed();
-  Stream<C> stream(p, share, ptx::shared_address(shared));
-#pragma unroll
-  for (int stage = 0; stage < C::kStages; ++stage) stream.fetch(stage);
-  const uint32_t barrier = ptx::shared_address(shared + at.barrier);
+  // One for x, and two for the partial sums.
+  const uint32_t barriers = ptx::shared_address(shared + at.barriers);
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(barrier, 1);
+    for (int i = 0; i < 3; ++i) ptx::mbarrier_init(barriers + 8 * i, 1);
     ptx::fence_mbarrier_init();
   }
-  clear_x_tail(p, share, at, shared);
-  ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
-  load_x<T>(p, share, at, shared);
   __syncthreads();
-  while (!p.permutation && !ptx::mbarrier_try_wait_parity(barrier, 0)) {
+  if (at.log_splits) ptx::barrier_cluster_arrive_relaxed();
+
+  // Up to griddepcontrol_wait, nothing depends on the previous kernel.
+  Stream<C> stream(p, share, ptx::shared_address(shared));
+#pragma unroll 1
+  for (int stage = 0; stage <= C::kStages; ++stage) {
+    if (stage == at.early) {
+      ptx::griddepcontrol_launch_dependents();
+      ptx::griddepcontrol_wait();
+      load_x<T>(p, share, at, shared);
+    }
+    if (stage < C::kStages) stream.fetch(stage);
   }
-  if (at.log_splits) ptx::barrier_cluster_wait_acquire();  // the others' shared memory is there
+  clear_x_tail(p, share, at, shared);
+  __syncthreads();
+  while (!p.permutation && !ptx::mbarrier_try_wait_parity(barriers, 0)) {
+  }
+  if (at.log_splits) ptx::barrier_cluster_wait_acquire();  // the others' barriers are there
 
   // Rows of absent tokens repeat the last one; their sums are never stored.
   uint32_t x[kTokenGroups];
@@ -249,9 +277,13 @@ __global__ void __launch_bounds__(C::kThreads) decode(const __grid_constant__ es
     x[group] = ptx::shared_address(shared + at.x) + lane / 8 * 16 +
                min(8 * group + lane % 8, static_cast<int>(p.m) - 1) * at.x_stride;
 
-  // Two buffers of partial sums in turn: a CTA that is ahead by one block does not overwrite what others still add.
-  int stage = 0, buffer = 0;
-  for (int block = blockIdx.x; block < share.blocks; block += gridDim.x, buffer ^= 1) {
+  // Two buffers of partial sums in turn: a CTA that is ahead by one block does not overwrite what others still add. It
+  // cannot be ahead by two: its sums of the second are complete when the others have pushed theirs, which they do when
+  // they have added those of the first.
+  int stage = 0, buffer = 0, parity = 0;
+  for (int block = blockIdx.x; block < share.blocks; block += gridDim.x) {
+    const uint32_t barrier = barriers + 8 + 8 * buffer;
+    if (at.log_splits && threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(barrier, at.pushed_bytes);
     const Output<C> output(block, share.rank, at);
     uint2 bias{};
     if (p.bias && output.row < p.n)
@@ -266,14 +298,20 @@ __global__ void __launch_bounds__(C::kThreads) decode(const __grid_constant__ es
       stage = stage + 1 == C::kStages ? 0 : stage + 1;
     }
     unsigned char* partials = shared + at.partials + buffer * at.partials_bytes;
-    push_sums<C>(sums, static_cast<int>(p.m), stream.row_warp(), stream.depth_warp(), share.rank, at, partials);
+    const uint32_t to = ptx::shared_address(partials);
+    const int slot = share.rank * C::kDepthWarps + stream.depth_warp(), m = static_cast<int>(p.m);
     if (at.log_splits) {
-      ptx::barrier_cluster_arrive_release();
-      ptx::barrier_cluster_wait_acquire();
+      if (block >= gridDim.x) __syncthreads();  // all warps have added the last block's sums
+      push_sums<C, true>(sums, m, slot, stream.row_warp(), at, to, barrier);
+      while (!ptx::mbarrier_try_wait_parity_cluster(barrier, parity)) {
+      }
     } else {
+      push_sums<C, false>(sums, m, slot, stream.row_warp(), at, to, barrier);
       __syncthreads();
     }
     store_y<T>(p, output, bias, at, reinterpret_cast<const float*>(partials));
+    parity ^= buffer;
+    buffer ^= 1;
   }
 #endif
 }

@@ -30,7 +30,9 @@ struct Plan {
   int x_stride;         // bytes of a token's row in shared memory: its tiles and 16 bytes, see above
   int partials_stride;  // floats of a token's row of partial sums: 4 more than rows, for stores without conflicts
   int partials_bytes;   // of one buffer: there are two where CTAs take more than one row block
-  int barrier, partials, x, bytes;  // dynamic shared memory, offsets in bytes
+  int pushed_bytes;     // of partial sums of a row block that a CTA receives
+  int early;            // stages that are asked for before x: all under programmatic launch, otherwise none
+  int barriers, partials, x, bytes;  // dynamic shared memory, offsets in bytes
 };
 
 template <typename C>
@@ -42,9 +44,10 @@ Plan plan(int64_t m, int64_t k, int log_splits, int buffers) {
   while (C::kRows >> log_splits >> at.log_owned > 1) ++at.log_owned;
   at.x_stride = tiles * kXTileBytes + 16;
   at.partials_stride = C::kRows / splits + 4;
-  at.barrier = C::kRingBytes;
-  at.partials = at.barrier + 16;
+  at.barriers = C::kRingBytes;
+  at.partials = at.barriers + 32;
   at.partials_bytes = splits * C::kDepthWarps * tokens * at.partials_stride * 4;
+  at.pushed_bytes = C::kDepthWarps * tokens * C::kRows * 4;
   at.x = at.partials + buffers * at.partials_bytes;
   at.bytes = at.x + tokens * at.x_stride;
   return at;

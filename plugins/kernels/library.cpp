@@ -2,6 +2,7 @@
 // through one.
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 
@@ -73,13 +74,21 @@ const char* esparse_version(void) { return ESPARSE_VERSION; }
 const char* esparse_kernel_set(void) { return ESPARSE_KERNEL_SET; }
 
 esparse_status esparse_current_gpu(esparse_gpu* gpu, esparse_message* message) {
-  int device = 0, major = 0, minor = 0, multiprocessors = 0;
+  constexpr int kDevices = 64;  // remembered, capability and multiprocessors in one word
+  static std::atomic<uint64_t> known[kDevices];
+  int device = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  uint64_t found = !error && device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (!error && !found) {
+    int major = 0, minor = 0, multiprocessors = 0;
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (!error) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    found = static_cast<uint64_t>(10 * major + minor) << 32 | static_cast<uint32_t>(multiprocessors);
+    if (!error && device < kDevices) known[device].store(found, std::memory_order_relaxed);
+  }
   if (error) return fail(message, ESPARSE_CUDA_ERROR, "no GPU: %s", cudaGetErrorString(error));
-  *gpu = {10 * major + minor, multiprocessors};
+  *gpu = {static_cast<int32_t>(found >> 32), static_cast<int32_t>(found)};
   return ESPARSE_SUCCESS;
 }
 

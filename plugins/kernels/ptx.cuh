@@ -77,6 +77,18 @@ __device__ inline bool mbarrier_try_wait_parity(uint32_t barrier, uint32_t parit
   return done;
 }
 
+// The same, for what other CTAs of the cluster have written.
+__device__ inline bool mbarrier_try_wait_parity_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+
 // Copy `bytes` (a multiple of 16) to this CTA's shared memory; both addresses 16-byte aligned.
 __device__ inline void cp_async_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile(
@@ -102,11 +114,18 @@ __device__ inline uint32_t mapa(uint32_t address, uint32_t rank) {
   return there;
 }
 
-__device__ inline void st_shared_cluster(uint32_t address, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+// Store to the cluster's shared memory, counted by a barrier there.
+__device__ inline void st_async(uint32_t address, float value, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address),
+               "f"(value), "r"(barrier)
+               : "memory");
 }
 
 // ---- Matrix fragments (sm_80)
+
+__device__ inline void st_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
 
 __device__ inline void ld_shared(uint32_t address, uint32_t (&out)[2]) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "r"(address) : "memory");

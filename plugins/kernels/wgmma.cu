@@ -7,6 +7,7 @@
 
 #include "candidate.h"
 #include "esparse/es24.h"
+#include "launch.h"
 #include "tma.h"
 #include "wgmma.h"
 
@@ -23,7 +24,6 @@ constexpr int kBarriers = 8 + 6 * kMaxDepth * 8;                 // bytes: one, 
 // Which CTAs form a cluster, and how many fit on an SM.
 struct Plan {
   int split = 1, share_x = 1, share_w = 1, per_sm = 1;
-  int cluster() const { return split * share_x * share_w; }
 };
 
 int count(int64_t size, int tile) { return static_cast<int>(ceil_div(size, tile)); }
@@ -52,8 +52,14 @@ class WgmmaCandidate final : public Candidate {
     Arguments a{};
     if (const char* error = encode_maps(p, a)) return error;
     a.bias = p.bias;
+    a.y_data = p.y;
+    a.m = static_cast<int>(p.m);
     a.n = static_cast<int>(p.n);
-    a.k_tiles = count(p.k, kTileK);
+    const int k_tiles = count(p.k, kTileK), columns = kernel_.tokens / 8;
+    a.k_tiles = k_tiles / plan_.split;
+    a.k_rest = k_tiles % plan_.split;
+    a.columns = columns / plan_.split;
+    a.columns_rest = columns % plan_.split;
     a.row_clusters = count(p.n, kernel_.rows * plan_.share_x);
     a.token_clusters = count(p.m, kernel_.tokens * plan_.share_w);
     a.share_x = plan_.share_x;
@@ -64,16 +70,18 @@ class WgmmaCandidate final : public Candidate {
     a.x_policy = a.token_clusters == 1 ? kEvictLast : kEvictNormal;
     const int shared = place_in_shared_memory(a);
     const void* function = p.dtype == ESPARSE_FP16 ? kernel_.fp16 : kernel_.bf16;
-    cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    cudaError_t error = allow_shared_memory(function, shared);
     if (error) return cudaGetErrorString(error);
 
     cudaLaunchAttribute attributes[2]{};
+    // Also where it is of one CTA: without the attribute a barrier of the cluster has no separate arrival.
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {static_cast<unsigned>(plan_.cluster()), 1, 1};
+    attributes[0].val.clusterDim = {static_cast<unsigned>(plan_.share_x), static_cast<unsigned>(plan_.share_w),
+                                    static_cast<unsigned>(plan_.split)};
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(plan_.cluster());
+    config.gridDim = dim3(plan_.share_x, plan_.share_w, plan_.split);
     config.blockDim = static_cast<unsigned>(128 * (kernel_.warpgroups + 1));
     config.dynamicSmemBytes = shared;
     config.stream = static_cast<cudaStream_t>(launch.stream);
@@ -112,19 +120,20 @@ class WgmmaCandidate final : public Candidate {
     return error;
   }
 
-  // Rings, buffers of y, buffers of the reduction, barriers. Returns the bytes.
+  // Rings, buffers of y, buffers of the exchange (sent, received), barriers. Returns the bytes.
   int place_in_shared_memory(Arguments& a) const {
     const int staging = wgmma::staging_bytes(kernel_.tokens, kernel_.warpgroups);
     const int available = kSharedOfSm / plan_.per_sm - kSharedOfSystem - staging - kBarriers;
-    const int reduce = kernel_.rows * kernel_.tokens * 4 / plan_.split * (plan_.split - 1);
-    const int depth = plan_.split > 1 ? std::min(kMaxDepth, count(a.k_tiles, plan_.split)) : kMaxDepth;
-    int rings = fill_rings(a, depth, available - reduce);
-    // A buffer of its own spares a barrier of the cluster, but is not worth shallow rings.
-    a.reduce_in_ring = a.x_stages < 2 * std::min(4, depth) && reduce > 0;
-    if (a.reduce_in_ring) rings = std::max(fill_rings(a, depth, available), reduce);
+    const int exchange = (a.columns + (a.columns_rest > 0)) * kernel_.rows * 8 * 4 * (plan_.split - 1);
+    const int depth = plan_.split > 1 ? std::min(kMaxDepth, a.k_tiles + (a.k_rest > 0)) : kMaxDepth;
+    int rings = fill_rings(a, depth, available - 2 * exchange);
+    // Buffers of their own spare a barrier of the cluster, but are not worth shallow rings.
+    a.exchange_in_ring = a.x_stages * wgmma::x_boxes(kernel_.tokens) < 2 * std::min(4, depth) && exchange > 0;
+    if (a.exchange_in_ring) rings = std::max(fill_rings(a, depth, available), 2 * exchange);
     a.staging = static_cast<uint32_t>(ceil_div(rings, 1024) * 1024);
-    a.reduce = a.reduce_in_ring ? 0 : a.staging + staging;
-    a.barriers = a.staging + staging + (a.reduce_in_ring ? 0 : reduce);
+    a.sent = a.exchange_in_ring ? 0 : a.staging + staging;
+    a.received = a.sent + exchange;
+    a.barriers = a.staging + staging + (a.exchange_in_ring ? 0 : 2 * exchange);
     return static_cast<int>(a.barriers) + kBarriers;
   }
 
@@ -134,7 +143,7 @@ class WgmmaCandidate final : public Candidate {
     int bytes = 0;
     a.weights_stages = a.x_stages = 0;
     for (;;) {
-      const bool behind = 2 * a.weights_stages <= a.x_stages;
+      const bool behind = 2 * a.weights_stages <= a.x_stages * wgmma::x_boxes(kernel_.tokens);
       const int next = behind ? weights : x;
       if (bytes + next > available || (behind && a.weights_stages == depth)) return bytes;
       ++(behind ? a.weights_stages : a.x_stages);
@@ -184,12 +193,15 @@ void add_wgmma(Candidates& all) {
   add(128, 16, {{1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}});
   add(64, 32, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
   add(128, 32, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {2, 2, 1, 1}, {4, 1, 1, 2}});
-  add(64, 64, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
-  add(128, 64, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {2, 1, 1, 1}, {2, 2, 1, 1}, {4, 1, 1, 1}});
+  add(64, 64, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {1, 4, 1, 1}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
+  add(128, 64, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}});
+  add(128, 64, {{2, 1, 1, 1}, {2, 2, 1, 1}, {4, 1, 1, 1}});
   add(256, 64, {{1, 1, 1, 1}, {2, 1, 1, 1}});
-  add(128, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}, {2, 1, 1, 1}, {2, 2, 1, 1}});
+  add(128, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}, {2, 1, 1, 1}, {2, 2, 1, 1}});
+  add(192, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}});
   add(256, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}, {2, 1, 1, 1}});
-  add(128, 256, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}});
+  add(128, 256, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}});
+  add(192, 256, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}});
   add(256, 192, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}});
 }
 

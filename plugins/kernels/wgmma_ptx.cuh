@@ -65,10 +65,22 @@ __device__ inline void cp_async_bulk_wait_group_read() {
 
 // ---- Clusters and barriers
 
-__device__ inline uint32_t cluster_ctarank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
+__device__ inline int3 cluster_ctaid() {
+  int3 id;
+  asm volatile("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(id.x));
+  asm volatile("mov.u32 %0, %%cluster_ctaid.y;" : "=r"(id.y));
+  asm volatile("mov.u32 %0, %%cluster_ctaid.z;" : "=r"(id.z));
+  return id;
+}
+__device__ inline int clusterid_x() {
+  int id;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+  return id;
+}
+__device__ inline int nclusterid_x() {
+  int count;
+  asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return count;
 }
 
 // `barrier` may lie in another CTA of the cluster (an address from mapa). Orders nothing but what this thread waited
@@ -77,12 +89,11 @@ __device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// 16 bytes into another CTA's shared memory, counted by a barrier there.
-__device__ inline void st_async_v4(uint32_t to, float a, float b, float c, float d, uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-      "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
-      : "memory");
+// `bytes` (a multiple of 16) of this CTA's shared memory to another's, counted by a barrier there.
+__device__ inline void cp_async_bulk_to_cluster(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "r"(from), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 
 __device__ inline void bar_sync(int barrier, int threads) {
@@ -106,10 +117,21 @@ __device__ inline void stmatrix_x2_trans(uint32_t address, uint32_t a, uint32_t 
                : "memory");
 }
 
+// The same with four.
+__device__ inline void stmatrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
 __device__ inline uint2 ld_shared_v2(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
   return v;
+}
+
+__device__ inline void st_shared_v4(uint32_t address, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
 __device__ inline uint4 ld_shared_v4(uint32_t address) {

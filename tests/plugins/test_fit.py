@@ -8,7 +8,8 @@ import pytest
 BENCH = Path(__file__).parents[2] / "plugins" / "bench"
 NAMES = (
     "decode_r2k4u6_s1", "wgmma_n64m64_s2_o2", "wgmma_n128m256_x2", "wgmma_n256m192_w2",
-    "cutlass_128x128_c12_w1m", "cutlass_256x128_c21_w4n", "cutlass_128x64_streamk_c11_s2m",
+    "cutlass_128x128_c12_w1m", "cutlass_256x128_c21_w4n", "cutlass_128x128_pingpong_c12_w1m",
+    "cutlass_128x64_streamk_c11_s2m",
 )  # fmt: skip
 
 
@@ -30,10 +31,11 @@ def cells(fit, constants):
 
 
 def test_a_name_says_what_the_tile_is(fit):
-    decode, wgmma, cutlass, stream_k = range(4)
+    decode, wgmma, cutlass, pingpong, stream_k = range(5)
     assert fit.parse("decode_r4k2u6_s8") == fit.Tile(decode, 64, 16, split=8)
     assert fit.parse("wgmma_n128m64_s2_x2_w4_o2") == fit.Tile(wgmma, 128, 64, 2, 2, 2, 4)
     assert fit.parse("cutlass_256x128_c21_w4n") == fit.Tile(cutlass, 256, 128, share_x=2, rows_first=True)
+    assert fit.parse("cutlass_128x128_pingpong_c12_w2m") == fit.Tile(pingpong, 128, 128, share_w=2)
     assert fit.parse("cutlass_128x64_streamk_c11_s4m") == fit.Tile(stream_k, 128, 64, 4, stream_k=True)
     assert fit.parse("reference") is None
 

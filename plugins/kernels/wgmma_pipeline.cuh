@@ -1,0 +1,204 @@
+// How the wgmma.sp GEMM is fed: its tile, the rings of stages in shared memory, and the warps that keep them full.
+#pragma once
+
+#include "wgmma.h"
+#include "wgmma_ptx.cuh"
+
+namespace esparse::wgmma {
+
+template <typename T_, int kWarpgroups_, int kBlocks_, int kTokens_>
+struct Tile {
+  using T = T_;
+  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply, each kBlocks x 64 rows
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kRows = 64 * kWarpgroups * kBlocks;
+  static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr int kThreads = kConsumers + 128;
+  // wgmmas side by side along the tokens. One of 256 does not fit the registers with which 512 threads start, by which
+  // ptxas judges it.
+  static constexpr int kParts = kWarpgroups == 3 && kTokens == 256 ? 2 : 1;
+  static constexpr int kSums = kTokens / 2;              // fp32 sums of a thread in one block of 64 rows
+  static constexpr int kColumns = kTokens / 8;           // columns of 8 tokens, four sums each
+  static constexpr bool kLight = kBlocks * kSums <= 32;  // few enough registers for two CTAs on an SM
+  // Otherwise registers go from the warpgroup that copies to those that multiply.
+  static constexpr bool kHeavy = !kLight && kWarpgroups > 1;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+  static constexpr int kWeightsBytes = weights_bytes(kRows);
+  static constexpr int kXBytes = x_bytes(kTokens);
+  static constexpr int kXBoxes = x_boxes(kTokens);
+  static constexpr bool kStoresByWarp = stores_by_warp(kTokens);
+  static constexpr int kChunk = chunk(kTokens);
+};
+
+namespace detail {
+
+__device__ inline void wait(uint32_t barrier, uint32_t phase) {
+  while (!ptx::mbarrier_try_wait_parity(barrier, phase)) {
+  }
+}
+
+// Nothing needs to be published: what the CTAs exchange arrives by copies that barriers in shared memory count.
+__device__ inline void cluster_sync() {
+  ptx::barrier_cluster_arrive_relaxed();
+  ptx::barrier_cluster_wait_acquire();
+}
+
+// A ring of stages: `full` counts the bytes of a stage that arrive, `empty` the warps that are done with it. Position
+// and phase are those of the thread that holds the object; the phase flips at each lap.
+struct Ring {
+  uint32_t data, full;
+  int bytes, stages;
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ Ring(uint32_t data, uint32_t full, int bytes, int stages)
+      : data(data), full(full), bytes(bytes), stages(stages) {}
+  __device__ uint32_t here() const { return data + stage * bytes; }
+  __device__ uint32_t full_here() const { return full + 8 * stage; }
+  __device__ uint32_t empty(int i) const { return full + 8 * (stages + i); }
+
+  // By the `part`-th of `parts` warps, one lane each: of several lanes an mbarrier.init runs one after another.
+  __device__ void init(int warps, int part, int parts) const {
+    for (int i = part; i < stages; i += parts) {
+      ptx::mbarrier_init(full + 8 * i, 1);
+      ptx::mbarrier_init(empty(i), warps);
+    }
+  }
+  // For the producer: wait until the stage is free, and announce its bytes.
+  __device__ void claim() const {
+    wait(empty(stage), phase ^ 1);
+    ptx::mbarrier_arrive_expect_tx(full_here(), bytes);
+  }
+  __device__ void await() const { wait(full_here(), phase); }
+  __device__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Where this CTA stands in its cluster.
+struct Place {
+  int row, token, slice;
+  __device__ Place() {
+    const int3 id = ptx::cluster_ctaid();
+    row = id.x;
+    token = id.y;
+    slice = id.z;
+  }
+};
+
+__device__ inline int rank_of(const Arguments& a, int row, int token, int slice) {
+  return row + a.share_x * (token + a.share_w * slice);
+}
+
+// The tile of this CTA in the cluster's `index`-th piece of work. Pieces run along the tokens within groups of
+// `group` clusters of tokens, so that CTAs at work together share rows of W and x in L2.
+struct Work {
+  int row0, token0;  // first row and token of the tile
+  __device__ Work(const Arguments& a, const Place& place, int index, int rows, int tokens) {
+    int row_cluster = index, token_cluster = 0;
+    if (a.token_clusters > 1) {
+      const int in_group = a.group * a.row_clusters;
+      const int first = index / in_group * a.group;
+      const int width = min(a.group, a.token_clusters - first);
+      row_cluster = index % in_group / width;
+      token_cluster = first + index % in_group % width;
+    }
+    row0 = (row_cluster * a.share_x + place.row) * rows;
+    token0 = (token_cluster * a.share_w + place.token) * tokens;
+  }
+};
+
+template <class Tile>
+struct Cta {
+  const Arguments& a;
+  const uint32_t shared;  // base of shared memory
+  const Place place{};
+  const int cluster, clusters, k_begin, k_end;  // this cluster of how many, and its 128-k tiles
+
+  __device__ Cta(const Arguments& a, uint32_t shared)
+      : a(a),
+        shared(shared),
+        cluster(ptx::clusterid_x()),
+        clusters(ptx::nclusterid_x()),
+        k_begin(place.slice * a.k_tiles + min(place.slice, a.k_rest)),
+        k_end(k_begin + a.k_tiles + (place.slice < a.k_rest)) {}
+
+  __device__ Ring weights() const { return {shared, shared + a.barriers + 8, Tile::kWeightsBytes, a.weights_stages}; }
+  __device__ Ring x() const {
+    return {shared + a.weights_stages * Tile::kWeightsBytes, shared + a.barriers + 8 + 16 * a.weights_stages,
+            Tile::kXBytes, a.x_stages};
+  }
+  __device__ uint32_t reduced() const { return shared + a.barriers; }
+  __device__ Work work(int index) const { return {a, place, index, Tile::kRows, Tile::kTokens}; }
+  __device__ int pieces() const { return a.row_clusters * a.token_clusters; }
+
+  // The columns of 8 tokens whose sums the CTA of `slice` completes begin here and end where those of the next begin.
+  __device__ int first_column(int slice) const { return slice * a.columns + min(slice, a.columns_rest); }
+
+  // One thread of each warp of the last warpgroup. A stage is free when every multiplying warp of every CTA that this
+  // one's copies reach is done with it.
+  __device__ void init_barriers(int warp) const {
+    weights().init(Tile::kConsumers / 32 * a.share_w, warp, 4);
+    x().init(Tile::kConsumers / 32 * a.share_x, warp, 4);
+    if (warp == 3) ptx::mbarrier_init(reduced(), 1);
+    ptx::fence_mbarrier_init();
+    if (warp == 3 && a.split > 1) {
+      const int columns = first_column(place.slice + 1) - first_column(place.slice);
+      ptx::mbarrier_arrive_expect_tx(reduced(), columns * Tile::kRows * 8 * 4 * (a.split - 1));
+    }
+  }
+
+  // All copies of weights: of each stage this CTA's share_w-th of the rows, for all that share them.
+  __device__ void produce_weights() const {
+    const int rows = Tile::kRows / a.share_w, first = place.token * rows;
+    uint16_t ctas = 0;
+    for (int other = 0; other < a.share_w; ++other) ctas |= 1 << rank_of(a, place.row, other, place.slice);
+    Ring ring = weights();
+    for (int index = cluster; index < pieces(); index += clusters) {
+      const int row = work(index).row0 + first;
+      for (int kt = k_begin; kt < k_end; ++kt, ring.advance()) {
+        ring.claim();
+        const uint32_t values = ring.here() + first * 128, metadata = ring.here() + Tile::kRows * 128 + first * 16;
+        if (a.share_w == 1) {
+          ptx::cp_async_bulk_tensor_2d(values, &a.values, 64 * kt, row, ring.full_here(), a.weight_policy);
+          ptx::cp_async_bulk_tensor_3d(metadata, &a.metadata, 0, row / 64, kt, ring.full_here(), a.weight_policy);
+        } else {
+          ptx::cp_async_bulk_tensor_2d_multicast(values, &a.values, 64 * kt, row, ring.full_here(), ctas,
+                                                 a.weight_policy);
+          ptx::cp_async_bulk_tensor_3d_multicast(metadata, &a.metadata, 0, row / 64, kt, ring.full_here(), ctas,
+                                                 a.weight_policy);
+        }
+      }
+    }
+  }
+
+  // The same for x: this CTA's share_x-th of the tokens.
+  __device__ void produce_x() const {
+    const int tokens = Tile::kTokens / a.share_x, first = place.row * tokens;
+    const uint16_t ctas = ((1 << a.share_x) - 1) << rank_of(a, 0, place.token, place.slice);
+    Ring ring = x();
+    for (int index = cluster; index < pieces(); index += clusters) {
+      const int token = work(index).token0 + first;
+      for (int k = 128 * k_begin; k < 128 * k_end; k += 64 * Tile::kXBoxes, ring.advance()) {
+        ring.claim();
+#pragma unroll
+        for (int box = 0; box < Tile::kXBoxes; ++box) {
+          const uint32_t to = ring.here() + (box * Tile::kTokens + first) * 128;
+          if (a.share_x == 1) {
+            ptx::cp_async_bulk_tensor_2d(to, &a.x, k + 64 * box, token, ring.full_here(), a.x_policy);
+          } else {
+            ptx::cp_async_bulk_tensor_2d_multicast(to, &a.x, k + 64 * box, token, ring.full_here(), ctas, a.x_policy);
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace detail
+}  // namespace esparse::wgmma
