@@ -120,6 +120,8 @@ def _permute(recipe: Recipe) -> str:
         steps.append("swap channels" if block == "full" else f"swap inside blocks of {block} channels")
     if permute.assign:
         steps.append(f"reassign slots {permute.assign} times")
+    if recipe.prune.refine is not None:
+        steps.append("swap for less output error")
     if not steps:
         return "channels stay in their order"
     residual = {
@@ -127,7 +129,11 @@ def _permute(recipe: Recipe) -> str:
         "shared": "layers that read the residual stream share one permutation",
         "none": "layers that read the residual stream keep their order",
     }[permute.residual]
-    return f"{', then '.join(steps)}; {residual}"
+    attention = {
+        "gather": "layers that read the attention's output get a runtime gather",
+        "fold": "channels of the attention's output stay in their heads",
+    }[permute.attention]
+    return f"{', then '.join(steps)}; {residual}; {attention}"
 
 
 def _profiles(recipe: Recipe) -> list[tuple[str, Profile]]:

@@ -14,10 +14,18 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from esparse_trt import progress
+
 TEXT = (
     "The quick brown fox jumps over the lazy dog. Pruning removes weights that matter little; a permutation "
     "moves channels so that the ones that matter are not forced to compete. Numbers: 0 1 2 3 4 5 6 7 8 9.\n"
 ) * 40
+
+
+@pytest.fixture(autouse=True)
+def as_a_library(monkeypatch) -> None:
+    """Progress is silent at first, and what a test makes of it ends with the test."""
+    monkeypatch.setattr(progress, "_mode", "silent")
 
 
 def make_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
@@ -65,7 +73,7 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, samp
     recipe = {
         "model": {"path": str(tiny_llama)},
         "calibration": {"text": text, "samples": 8, "length": 32, "batch_size": 4},
-        "prune": {"pattern": "2:4", "permute": {"local": {"block": 32}}},
+        "prune": {"pattern": "2:4", "permute": {"local": {"block": 32}, "attention": "fold"}},
         "export": {"dtype": "float32"},
         "engine": {"flavour": "none"},
         "verify": {"text": text, "length": 32, "samples": 8},

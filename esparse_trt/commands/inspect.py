@@ -74,25 +74,37 @@ def report(
 
 @app.command(
     epilog="Examples:\n\n  esparse-trt table recipes/results/ablation-quickstart.json\n\n"
-    "  esparse-trt table build/quickstart --html ablation.html"
+    "  esparse-trt table build/quickstart --html ablation.html\n\n"
+    "  esparse-trt table build/gpu0 build/gpu1 --json ablation.json"
 )
 def table(
-    path: Annotated[
-        Path, typer.Argument(help="An ablation.json, or the build folder it is in", show_default=False)
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            help="ablation.json or the build folder it is in; the rows of several are joined",
+            show_default=False,
+        ),
     ],
     html: Annotated[Path | None, typer.Option(help="Write the page with the plots to this file")] = None,
+    to_json: Annotated[Path | None, typer.Option("--json", help="Write the table to this file")] = None,
 ) -> None:
     """Print the table of an ablation as Markdown, best row first, baselines and the dense model included."""
     with reported():
         from esparse_trt.artifacts import BuildDir, write_atomic
         from esparse_trt.evaluate import ablation_page
-        from esparse_trt.evaluate.ablation import load_ablation
+        from esparse_trt.evaluate.ablation import join, load_ablation
 
-        found = load_ablation(BuildDir(path).ablation if path.is_dir() else path)
-        if found is None:
-            raise EsparseError(
-                "no ablation table there", where=path, fix="make one with `esparse-trt ablate RECIPE`"
-            )
+        tables = []
+        for path in paths:
+            table = load_ablation(BuildDir(path).ablation if path.is_dir() else path)
+            if table is None:
+                raise EsparseError(
+                    "no ablation table there", where=path, fix="make one with `esparse-trt ablate RECIPE`"
+                )
+            tables.append(table)
+        found = join(tables)
+        if to_json is not None:
+            write_atomic(to_json, found.to_json())
         if html is not None:
             write_atomic(html, ablation_page.page(found))
         print(ablation_page.markdown(found), end="")

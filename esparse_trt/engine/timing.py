@@ -4,7 +4,8 @@
 - Weights are rotated over copies that together are `ROTATION` times the L2 cache, so that each launch reads
   its weights from memory, as in a model.
 - Contestants are interleaved, a replay of each in turn, and the device never idles in between: they see the
-  same clocks, and the clocks are those of sustained load.
+  same clocks, and the clocks are those of sustained load. Under a power limit a kernel is slower behind one
+  that draws more power, so the order changes from round to round.
 - The figure is the median over the replays, with the 10th and 90th percentile as its spread.
 
 The caller's data should be random: zeros draw less power and run faster.
@@ -16,6 +17,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from random import Random
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -147,14 +149,14 @@ def measure(
         rounds: least and most counted rounds, whatever the budget.
         clock: for tests.
     """
-    clock = clock or CudaClock()
+    clock, random = clock or CudaClock(), Random(0)
     start = clock.mark()
-    _round(contestants, clock)
+    _round(contestants, clock, random)
     round_us = max(clock.elapsed_us(start, clock.mark()), 1e-3)
     for _ in range(math.ceil(warm_us / round_us)):
-        _round(contestants, clock)
+        _round(contestants, clock, random)
     count = min(max(int(budget_us / round_us), rounds[0]), rounds[1])
-    marks = [_round(contestants, clock) for _ in range(count)]
+    marks = [_round(contestants, clock, random) for _ in range(count)]
     timings = {}
     for name, replay in contestants.items():
         times = sorted(clock.elapsed_us(*mark[name]) / replay.launches for mark in marks)
@@ -162,9 +164,10 @@ def measure(
     return timings
 
 
-def _round(contestants: Mapping[Name, Replay], clock: Clock) -> dict[Name, tuple[Any, Any]]:
+def _round(contestants: Mapping[Name, Replay], clock: Clock, random: Random) -> dict[Name, tuple[Any, Any]]:
+    """A replay of each, in a random order; when it began and ended."""
     marks = {}
-    for name, replay in contestants.items():
+    for name, replay in random.sample(list(contestants.items()), len(contestants)):
         if replay.prepare is not None:
             replay.prepare()
         before = clock.mark()

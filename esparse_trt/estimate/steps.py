@@ -48,7 +48,7 @@ class Runtime:
 
 
 RUNTIME = Runtime(
-    block_us=24.0, step_us=37.0, attention_bandwidth=0.81, attention_tensor=0.42, activation_bandwidth=0.85
+    block_us=22.8, step_us=37.0, attention_bandwidth=0.846, attention_tensor=0.42, activation_bandwidth=0.85
 )
 
 

@@ -6,7 +6,7 @@
     t = start + max( (w N K + 2 M (K + N)) / (a · bandwidth),  2 M N K / (b · peak) )
 
 with w = 2 bytes dense and 9/8 packed, and the stated bandwidth and peak of the GPU (`gpus.py`). `start`, a
-and b are fitted to the 170 cells of an H100 that `tables/h100.json` holds, by least mean |ln(t / measured)|;
+and b are fitted to the 215 cells of an H100 that `tables/h100.json` holds, by least mean |ln(t / measured)|;
 `tests/estimate/test_times.py` holds how far off it is. Other GPUs are assumed to reach the same shares.
 
 **Tables.** At a measured shape the time at M is interpolated between rows (`engine.table.times`), and beyond
@@ -40,10 +40,10 @@ class Ceiling:
     tensor: float
 
 
-DENSE = Ceiling(3.2, 0.89, 0.69)
+DENSE = Ceiling(3.2, 0.89, 0.67)
 SPARSE: dict[Launch, Ceiling] = {
-    "plain": Ceiling(4.2, 0.92, 0.45),
-    "programmatic": Ceiling(3.0, 0.94, 0.45),
+    "plain": Ceiling(3.6, 0.93, 0.45),
+    "programmatic": Ceiling(2.3, 0.94, 0.45),
 }
 
 

@@ -10,6 +10,7 @@ wins back. It is compared with Wanda at the recipe's pattern, so rows of another
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from esparse_trt.artifacts import read_record
+from esparse_trt.errors import EsparseError
 from esparse_trt.evaluate.perplexity import log_ratio
 from esparse_trt.records import Record
 
@@ -72,6 +74,24 @@ def load_ablation(path: Path) -> Ablation | None:
     return read_record(
         path, Ablation, "an ablation table", "delete the file and run `esparse-trt ablate` again"
     )
+
+
+def join(tables: Sequence[Ablation]) -> Ablation:
+    """One table of the rows of several, as of a grid that was run on several GPUs; of one name, the last.
+
+    Raises:
+        EsparseError: they are not of the same model, prune section and texts.
+    """
+    first = tables[0]
+    for table in tables[1:]:
+        if (table.fingerprint, table.device) != (first.fingerprint, first.device):
+            raise EsparseError(
+                f"rows measured on {table.device} of {table.model} do not belong to those on {first.device} "
+                f"of {first.model}: the models, recipes, texts or devices differ",
+                fix="join tables that `esparse-trt ablate` made of one recipe, with the same version",
+            )
+    rows = {row.name: row for table in tables for row in table.rows}
+    return first.model_copy(update={"rows": list(rows.values())})
 
 
 class Difference(NamedTuple):

@@ -70,7 +70,7 @@ def layers_of(model: PreTrainedModel, reasons: Mapping[str, str]) -> dict[Layer,
             sparse,
             module.bias is not None,
             sparse and module.permutation is not None,
-            None if sparse else reasons.get(name),
+            None if sparse else reasons.get(name.partition(".merged.")[0]),
         )
         found[layer] = found.get(layer, 0) + 1
     return found

@@ -1,7 +1,6 @@
 """Which layers of a build run packed: those that the tuner's table says are faster so under its traffic.
 
-By times of plain launches: ours are programmatic, but the small kernels before them do not let them begin
-early, and measured steps of whole models fit the plain times (`estimate.predict.LAUNCH`).
+By times of programmatic launches, which is how the runtime launches them and the kernels before them.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def packed_layers(
     wish = recipe.engine.sparse_gemm
     chosen = choose(
         [Layer(gemm.name, gemm.shape) for gemm in found], table, recipe.traffic, dtype=name,
-        wish="auto" if wish == "native" else wish,
+        launch="programmatic", wish="auto" if wish == "native" else wish,
     )  # fmt: skip
     for layer in chosen:
         if layer.kernel == "dense":

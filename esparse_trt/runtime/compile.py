@@ -3,15 +3,21 @@
 Norms, rotary embedding, cache update, activation and residual adds are two dozen small kernels a layer in
 eager mode, each as long as a launch: with attention 68 us a layer of a LLaMA-7B (H100, batch 1, context 512),
 and 20 us compiled and with the decoder's attention. A plain forward of the model stays eager.
+
+The compiled kernels are launched programmatically, as the GEMMs and the attention are: each may begin while
+the one before it runs, and waits for it before it reads or writes. A GEMM's weights do not depend on it, so
+that they are on their way before the norm or the activation that makes x has ended.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from esparse_trt.runtime.attention import SlotCache
@@ -35,7 +41,35 @@ def run_layer(layer: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any
     return type(layer).forward(layer, *args, **options)
 
 
-_compiled = torch.compile(run_layer, dynamic=True, fullgraph=True)
+def inductor(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """The backend: inductor, its kernels launched programmatically if its version and the GPU can do so."""
+    from torch._inductor.codegen.triton import TritonKernel
+    from torch._inductor.compile_fx import compile_fx
+
+    if not hasattr(TritonKernel, "_filter_pdl"):
+        return compile_fx(graph, inputs)
+    config: Any = torch.compiler.config  # the tag sets these kernels apart in inductor's cache
+    with mock.patch.object(TritonKernel, "_filter_pdl", wait_first), config.patch(cache_key_tag="wait first"):
+        return compile_fx(graph, inputs, config_patches={"triton.enable_pdl": True})
+
+
+def wait_first(kernel: Any, code: Any) -> None:
+    """Let a kernel wait at its top, and the next one begin there, too: in place of inductor's own placing.
+
+    Inductor lets a kernel read, before it waits, all but what the one just before it wrote. That is right if
+    that one lets its successor begin after its own wait; ours do so earlier, which is the point of them. And
+    inductor lets the next kernel begin after the loads, which hides a launch but not a GEMM's first reads.
+
+    Args:
+        kernel: a `TritonKernel`.
+        code: its body, an `IndentedBuffer`.
+    """
+    if kernel._enable_pdl_codegen():
+        places = kernel.GDC_LAUNCH, kernel.GDC_WAIT
+        code._lines = [*places, *(line for line in code._lines if str(line).strip() not in places)]
+
+
+_compiled = torch.compile(run_layer, backend=inductor, dynamic=True, fullgraph=True)
 
 
 def _forward(layer: nn.Module, index: int, *args: Any, **options: Any) -> Any:

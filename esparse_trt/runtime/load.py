@@ -76,56 +76,59 @@ def load(
 def pack_model(
     model: PreTrainedModel, permutations: dict[str, Tensor], packable: set[str], device: torch.device | str
 ) -> None:
-    """Replace the 2:4 layers of a model, in place, by packed ones; sites with several layers become one GEMM.
+    """Make one GEMM of every site of a model, in place: packed where its layers are 2:4, else dense.
 
     Args:
         model: in the original channel order, with its zeros in place.
         permutations: layer -> int64 [K] under which its weight is 2:4.
-        packable: the names of the 2:4 layers.
+        packable: the names of the 2:4 layers. A site is packed if all its layers are.
         device: where packed layers go, one site at a time.
     """
     family = family_of(model.config)
-    blocks = model.get_submodule(family.blocks)
-    assert isinstance(blocks, nn.ModuleList)
-    for index, block in enumerate(track(blocks, "packing")):
+    for index, block in enumerate(track(_blocks(model), "packing")):
         names = {path: f"{family.blocks}.{index}.{path}" for site in family.sites for path in site.linears}
         orders = {path: permutations[name] for path, name in names.items() if name in permutations}
         _fold(model, family, block, orders)
         for site in family.sites:
+            layers = [linear(block, path) for path in site.linears]
+            packed = None
             if all(names[path] in packable for path in site.linears):
-                _pack_site(block, site, orders, device)
-
-
-def _pack_site(block: nn.Module, site: Site, orders: dict[str, Tensor], device: torch.device | str) -> None:
-    layers = [linear(block, path) for path in site.linears]
-    order = orders.get(site.linears[0])
-    weight = torch.cat([layer.weight.data for layer in layers]).to(device)
-    if order is not None:
-        weight = weight[:, order.to(device)]
-    if reason := why_not(weight):
-        note(f"{site.name} stays dense: {reason}")
-        return
-    biases: list[Tensor] = [layer.bias.data for layer in layers if layer.bias is not None]
-    gemm = SparseLinear.pack(weight, torch.cat(biases) if biases else None, order, name=site.name).to(device)
-    if len(layers) == 1:
-        block.set_submodule(site.linears[0], gemm)
-    else:
-        _set_members(block, site, gemm, layers)
+                packed = _packed(layers, orders.get(site.linears[0]), site.name, device)
+            _replace(block, site, packed or _concatenated(layers))
 
 
 @torch.no_grad()
 def merge(model: PreTrainedModel) -> None:
     """Make one GEMM of dense layers that read the same tensor, in place: the packed model's fair peer."""
-    family = family_of(model.config)
-    blocks: Any = model.get_submodule(family.blocks)
-    for block in blocks:
-        for site in family.sites:
-            layers = [linear(block, path) for path in site.linears]
-            if len(layers) > 1:
-                _set_members(block, site, _concatenated(layers), layers)
+    for block in _blocks(model):
+        for site in family_of(model.config).sites:
+            _replace(block, site, _concatenated([linear(block, path) for path in site.linears]))
+
+
+def _blocks(model: PreTrainedModel) -> nn.ModuleList:
+    blocks = model.get_submodule(family_of(model.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def _packed(
+    layers: Sequence[nn.Linear], order: Tensor | None, name: str, device: torch.device | str
+) -> SparseLinear | None:
+    """The layers as one packed GEMM, if the layout holds it."""
+    weight = torch.cat([layer.weight.data for layer in layers]).to(device)
+    if order is not None:
+        weight = weight[:, order.to(device)]
+    if reason := why_not(weight):
+        note(f"{name} stays dense: {reason}")
+        return None
+    biases: list[Tensor] = [layer.bias.data for layer in layers if layer.bias is not None]
+    return SparseLinear.pack(weight, torch.cat(biases) if biases else None, order, name=name).to(device)
 
 
 def _concatenated(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """The layers as one dense GEMM."""
+    if len(layers) == 1:
+        return layers[0]
     biased = layers[0].bias is not None
     merged = nn.Linear(layers[0].in_features, 1, bias=biased, device="meta")
     merged.out_features = sum(layer.out_features for layer in layers)
@@ -135,8 +138,12 @@ def _concatenated(layers: Sequence[nn.Linear]) -> nn.Linear:
     return merged
 
 
-def _set_members(block: nn.Module, site: Site, gemm: nn.Module, layers: Sequence[nn.Linear]) -> None:
-    members = Merged(gemm, [layer.out_features for layer in layers]).members()
+def _replace(block: nn.Module, site: Site, gemm: nn.Module) -> None:
+    """Put one GEMM in the place of a site's layers."""
+    if len(site.linears) == 1:
+        block.set_submodule(site.linears[0], gemm)
+        return
+    members = Merged(gemm, [linear(block, path).out_features for path in site.linears]).members()
     for path, member in zip(site.linears, members, strict=True):
         block.set_submodule(path, member)
 

@@ -10,6 +10,7 @@ from esparse_trt.sections.prune import (
     PermuteSection,
     PruneSection,
     RecoverSection,
+    RefineShuffle,
     ScoreSection,
     UpdateSection,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "Profile",
     "PruneSection",
     "RecoverSection",
+    "RefineShuffle",
     "ReportSection",
     "ScoreSection",
     "Section",

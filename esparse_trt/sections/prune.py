@@ -32,9 +32,22 @@ class LocalShuffle(Section):
     """Local block shuffle: greedy channel swaps inside blocks of the input channels."""
 
     block: Annotated[int, Field(ge=4)] | Literal["full"] = Field(
-        256, description="Channels per block; full: all"
+        "full", description="Channels per block; full: all"
     )
     rounds: int = Field(200, ge=1, description="Rounds of simultaneous swaps at most")
+
+
+class RefineShuffle(Section):
+    """Channel swaps that lower the layer's output error itself."""
+
+    rounds: int = Field(30, ge=1, description="Rounds of simultaneous swaps at most")
+    correct: float = Field(
+        0.7,
+        ge=0,
+        le=1,
+        description="How far the swaps are to make up for what was lost before the layer, in its inputs and "
+        "in the residual stream",
+    )
 
 
 class PermuteSection(Section):
@@ -48,6 +61,17 @@ class PermuteSection(Section):
     )
     assign: int = Field(
         0, ge=0, description="Rounds of linear-assignment refinement after the shuffles, as in RIA"
+    )
+    refine: RefineShuffle | None = Field(
+        default_factory=RefineShuffle,
+        description="After the other searches, if there are any, swaps that lower the output error on the "
+        "calibration text, where the permutation is the layer's own and free; or null. The score magnitude, "
+        "which reads no text, goes without",
+    )
+    attention: Literal["fold", "gather"] = Field(
+        "gather",
+        description="Layers that read the attention's output: a permutation within each head, which folds "
+        "into the values' weights, or any permutation and a runtime gather",
     )
     residual: Literal["gather", "shared", "none"] = Field(
         "gather",
@@ -171,8 +195,20 @@ class PruneSection(Section):
     @property
     def follows_dense(self) -> bool:
         """Whether the dense model's hidden states are needed beside those of the pruned one."""
-        corrects = self.update.method == "obs" and self.update.correct > 0
-        return corrects or (self.recover is not None and self.recover.steps > 0)
+        return self.corrects or (self.recover is not None and self.recover.steps > 0)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether a layer is to make up for what was lost before it, by its permutation or its weights."""
+        updates = self.update.method == "obs" and self.update.correct > 0
+        return updates or (self.refine is not None and self.refine.correct > 0)
+
+    @property
+    def refine(self) -> RefineShuffle | None:
+        """`permute.refine` where it has something to refine, and a text to do it on."""
+        permute = self.permute
+        searches = permute.global_ != "none" or permute.local is not None or permute.assign > 0
+        return permute.refine if searches and self.score.method != "magnitude" else None
 
     @field_validator("pattern", mode="before")
     @classmethod

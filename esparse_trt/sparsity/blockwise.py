@@ -108,8 +108,8 @@ class BlockwiseModel:
                 first, calls = self._record_calls(ids.to(self.device))
                 self._calls.setdefault(len(ids), calls)
                 batches.append(first.cpu())
-        self.hidden = torch.cat(batches)
-        self.dense = self.hidden.clone() if follow_dense else None
+        self.hidden = self._host(torch.cat(batches))
+        self.dense = self._host(self.hidden.clone()) if follow_dense else None
 
     @property
     def streams(self) -> dict[str, Tensor]:
@@ -119,7 +119,9 @@ class BlockwiseModel:
 
     def resume(self, streams: dict[str, Tensor]) -> None:
         """Go on from these hidden states."""
-        self.hidden, self.dense = streams["hidden"], streams.get("dense")
+        dense = streams.get("dense")
+        self.hidden = self._host(streams["hidden"])
+        self.dense = None if dense is None else self._host(dense)
 
     @contextmanager
     def resident(self, index: int) -> Iterator[nn.Module]:
@@ -238,6 +240,10 @@ class BlockwiseModel:
                 empty = {k: t.to("meta") for k, t in state.items()}
                 stack.callback(module.load_state_dict, empty, strict=False, assign=True)
             yield
+
+    def _host(self, stream: Tensor) -> Tensor:
+        """Page-locked where a GPU reads it: it is copied there for every pass."""
+        return stream.pin_memory() if self.device.type == "cuda" else stream
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype

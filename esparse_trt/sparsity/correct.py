@@ -9,7 +9,8 @@ of the way, as all of it fits noise too. Layers differ in what they should put o
     o, down             what the residual stream lacks behind them. With h the stream in front of the block,
                         E = (h_D + D Wᵀ) − (h_X + X Wᵀ), and for `down` with o's outputs added to both
 
-The share and the stream's part are our own. Where the stream does not take up the outputs as they are, as
+Weights that are to stay as they are leave making up to the permutation, by the same Eᵀ X: see `refine`. The
+share and the stream's part are our own. Where the stream does not take up the outputs as they are, as
 with norms behind them (Gemma 3), every layer is of the first kind.
 """
 

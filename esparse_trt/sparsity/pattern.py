@@ -56,16 +56,23 @@ def nm_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     Returns:
         bool [..., K], exactly n of every m consecutive entries True.
     """
-    slots = _slots(scores, pattern)
-    masks = []
-    for j, score in enumerate(slots):
-        # A comparison count instead of a sort: the same on every device, and fast for small m.
-        rank = torch.zeros_like(score, dtype=torch.int16)
-        for i, other in enumerate(slots):
-            if i != j:
-                rank += other >= score if i < j else other > score
-        masks.append(rank < pattern.kept)
+    masks = [rank < pattern.kept for rank in ranks(_slots(scores, pattern))]
     return torch.stack(masks, dim=-1).reshape(scores.shape)
+
+
+def ranks(values: list[Tensor]) -> list[Tensor]:
+    """Rank of each of m tensors of equal shape, elementwise: 0 is the highest, the first of equals.
+
+    A comparison count instead of a sort: the same on every device, and fast for small m.
+    """
+    counts = []
+    for j, value in enumerate(values):
+        rank = torch.zeros_like(value, dtype=torch.int16)
+        for i, other in enumerate(values):
+            if i != j:
+                rank += other >= value if i < j else other > value
+        counts.append(rank)
+    return counts
 
 
 def group_kept(scores: Tensor, pattern: Pattern) -> Tensor:

@@ -13,6 +13,8 @@ ranked channels out contiguously, which makes groups of equals; it exists for th
 Local block shuffle. Greedy swaps of channels inside blocks of consecutive positions: see `swap`.
 
 Linear assignment. One slot of all groups at a time is given out anew: see `assign`.
+
+What is kept after these may be traded for less output error: see `refine`.
 """
 
 from __future__ import annotations

@@ -73,13 +73,13 @@ class Pruner:
         self._refit = section.update.method == "obs"
         self.updated = self._refit or section.recover is not None
         self._recover = section.recover if section.recover and section.recover.steps else None
-        self._correct = self._refit and section.update.correct > 0
+        self._correct = section.corrects
         self.calibrated = needs_statistics(section.score) or self.updated
         self._collect = partial(
             calibrate.collect,
             bins=section.score.bins if needs_information(section.score) else None,
             measure=section.score.information,
-            hessian=needs_hessian(section.score) or self._refit,
+            hessian=needs_hessian(section.score) or self._refit or section.refine is not None,
         )
         self._windows = windows
         self._batch_size = batch_size

@@ -8,7 +8,8 @@ tokens with huge norms would otherwise be all that is fitted.
 Then, if wanted, the whole model: KL(dense ‖ sparse) of the next-token distributions (distillation).
 
 Trained are the weights of the pruned layers and nothing else, in float32 with AdamW; on a GPU the passes run
-in bf16. What is pruned is set to zero after every step, and checked at the end.
+in bf16. What is pruned is set to zero after every step, and checked at the end. While a block is trained, the
+hidden states in front of it and behind it are on the device, in the checkpoint's dtype.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ def recover_block(model: BlockwiseModel, index: int, pruned: Pruned, section: Re
         EsparseError: the training diverged.
     """
     assert model.hidden is not None and model.dense is not None
-    inputs, target, batch = model.hidden, model.dense, min(model.batch_size, len(model.hidden))
+    inputs, target = (stream.to(model.device) for stream in (model.hidden, model.dense))
+    batch = min(model.batch_size, len(inputs))
 
     def loss(rows: Tensor) -> Tensor:
         with _autocast(model.device):
-            output = model.forward(index, inputs[rows].to(model.device, torch.float32))
-        wanted = target[rows].to(model.device, torch.float32)
+            output = model.forward(index, inputs[rows].float())
+        wanted = target[rows].float()
         return ((output.float() - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
 
     def mean_loss() -> float:

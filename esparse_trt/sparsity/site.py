@@ -20,6 +20,7 @@ from esparse_trt.sparsity.pattern import Pattern, kept_score, nm_mask
 from esparse_trt.sparsity.permutation import identity, inverse, is_identity
 from esparse_trt.sparsity.permute import Choice
 from esparse_trt.sparsity.pruned import Pruned
+from esparse_trt.sparsity.refine import refine
 from esparse_trt.sparsity.score import ChannelStatistics, error, score
 from esparse_trt.sparsity.update import update
 
@@ -57,7 +58,7 @@ class SitePruner:
             return Pruned(layers=[self.record(site, layer, weights[layer.name]) for layer in site.layers])
         scores = self.scores(site, statistics)
         stacked = torch.cat(list(scores.values()))
-        choice = self._choose(site, self.wanted(stacked), shared)
+        choice = self._choose(site, stacked, statistics, missing, shared)
         permuted = not is_identity(choice.final)
         masks, fitted, record = self._decide(site, stacked, choice.final, statistics, missing)
         result = Pruned()
@@ -114,20 +115,41 @@ class SitePruner:
             update=update if layer.reason is None else None,
         )
 
-    def _choose(self, site: PlannedSite, stacked: Tensor, shared: Choice | None) -> Choice:
-        """The site's permutations [K], of all that DESIGN section 5 allows it."""
-        section = self.section.permute
+    def _choose(
+        self,
+        site: PlannedSite,
+        scores: Tensor,
+        statistics: ChannelStatistics | None,
+        missing: Tensor | None,
+        shared: Choice | None,
+    ) -> Choice:
+        """The site's permutations [K], of all that DESIGN section 5 allows it.
+
+        Args:
+            scores: [N, K], of all its pruned layers.
+        """
+        section, wanted = self.section.permute, self.wanted(scores)
         if reads_residual(site) and section.residual != "gather":
             # The head of a model that projects its stream first (OPT-350m) reads channels of its own.
             if shared is not None and len(shared.final) == site.channels:
-                return Choice(*(p.to(stacked.device) for p in shared))
-            unchanged = identity(site.channels, stacked.device)
+                return Choice(*(p.to(scores.device) for p in shared))
+            unchanged = identity(site.channels, scores.device)
             return Choice(unchanged, unchanged)
-        if site.site.reads == "attention":
+        if site.site.reads == "attention" and section.attention == "fold":
             heads, kv_heads = heads_of(self.model.config, self.model.family)
-            return permute.choose_heads(stacked, site.pattern, section, heads=heads, kv_heads=kv_heads)
-        choice = permute.choose(stacked.unsqueeze(0), site.pattern, section)
-        return Choice(choice.global_[0], choice.final[0])
+            return permute.choose_heads(wanted, site.pattern, section, heads=heads, kv_heads=kv_heads)
+        start, final = (found[0] for found in permute.choose(wanted.unsqueeze(0), site.pattern, section))
+        if (settings := self.section.refine) is not None:
+            assert statistics is not None and statistics.hessian is not None
+            lacking = None if missing is None else settings.correct * missing
+            final = refine(
+                self._weights(site), scores, statistics.hessian, lacking, final, site.pattern, settings.rounds
+            )
+        return Choice(start, final)
+
+    def _weights(self, site: PlannedSite) -> Tensor:
+        """The weights [N, K] of its pruned layers, stacked."""
+        return torch.cat([linear(self.model.model, layer.name).weight for layer in site.pruned])
 
     def _decide(
         self,
@@ -152,8 +174,8 @@ class SitePruner:
             return list(mask[:, back].split(rows)), [], None
         assert statistics is not None and statistics.hessian is not None
         hessian = statistics.hessian
-        weights = torch.cat([linear(self.model.model, layer.name).weight for layer in site.pruned])
-        if missing is not None:
+        weights = self._weights(site)
+        if missing is not None and section.correct:
             weights = corrected(weights, hessian, missing, section.correct, section.damping, site.name)
         fitted = update(
             weights[:, order], hessian[order][:, order], mask, site.pattern, section, where=site.name

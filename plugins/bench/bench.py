@@ -21,12 +21,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from checks import errors, remembers, right
 from machine import clocks, environment, floor_us
 from peers import Dense, Peers, Sparse
 from render import render
@@ -36,15 +37,16 @@ from esparse_trt import progress
 from esparse_trt.artifacts import write_atomic
 from esparse_trt.engine import timing
 from esparse_trt.engine.kernels import Gpu, Kernels, load
-from esparse_trt.engine.operands import Launch, Operands
-from esparse_trt.engine.tune import FINAL_BUDGET_US, QUICK_GRAPH_US, WARM_US, Layer
+from esparse_trt.engine.operands import Operands
+from esparse_trt.engine.tune import QUICK_GRAPH_US, WARM_US, Layer
 from esparse_trt.errors import EsparseError
 
 PADDED = (8, 16, 32, 64)  # what cuSPARSELt may run for M <= 16
 RETRIED = 1.25  # times of the best: up to there a candidate is timed with programmatic dependent launch too
-TIMED = 2  # of those in the last pass
+TIMED = 3  # of each kind in the last pass, whose clocks are those of sustained load
+ROUNDS = (9, 50)  # of the last pass, least and most
+FINAL_BUDGET_US = 60_000.0
 LISTED = 3.0  # times of the best: up to there a candidate's time is stored, for fit.py
-LIMITS = {"float16": 2e-3, "bfloat16": 1e-2}  # relative L2 distance of two rounded products
 
 
 # --- one shape ---------------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ class Shape:
         self.layer = Layer(kernels, gpu, n, k, dtype, rows=max(rows, *PADDED))
         self.operands: Operands = self.layer.operands
         self.peers = peers
-        self.searched: dict[int, tuple[Sparse, list[torch.Tensor], dict[str, int]]] = {}
+        self.searched: dict[int, Sparse] = {}
 
     def cell(self, m: int, ceilings: Mapping[str, float]) -> dict[str, Any]:
         """Time everything at M = m."""
@@ -74,9 +76,11 @@ class Shape:
             chosen: Mapping[str, Iterable[Any]], graph_us: float, **limits: Any
         ) -> dict[tuple[str, Any], timing.Timing]:
             replays = {
-                "dense": lambda i: self.replay(m, dense.run(i), self.operands.dense, graph_us),
-                "cusparselt": lambda size: self.replay(
-                    size, peers[size][0].run(peers[size][1]), peers[size][1], graph_us
+                "dense": lambda i: self.operands.replay(
+                    m, dense.run(i), len(self.operands.dense), graph_us=graph_us
+                ),
+                "cusparselt": lambda size: self.operands.replay(
+                    size, peers[size].run, peers[size].copies, graph_us=graph_us
                 ),
                 "ours": lambda name: self.layer.replay(m, name, graph_us=graph_us),
                 "ours_pdl": lambda name: self.layer.replay(m, name, programmatic=True, graph_us=graph_us),
@@ -90,15 +94,15 @@ class Shape:
         )  # fmt: skip
         final = contest(
             {
-                "dense": _best(quick, "dense", 1),
-                "cusparselt": _best(quick, "cusparselt", 1),
+                "dense": _best(quick, "dense", TIMED),
+                "cusparselt": _best(quick, "cusparselt", TIMED),
                 "ours": ranked[:TIMED],
                 "ours_pdl": _best(quick, "ours_pdl", TIMED),
             },
-            timing.GRAPH_US, budget_us=FINAL_BUDGET_US, warm_us=WARM_US,
+            timing.GRAPH_US, budget_us=FINAL_BUDGET_US, warm_us=WARM_US, rounds=ROUNDS,
         )  # fmt: skip
         fastest = _fastest(final)
-        sparse, weights, searched = peers[fastest["cusparselt"]["key"]]
+        sparse = peers[fastest["cusparselt"]["key"]]
         floors = floor_us(m, self.operands.n, self.operands.k, ceilings)
         for size in set(padded) - set(PADDED):
             del self.searched[size]  # no other cell needs these copies of the weights
@@ -108,66 +112,25 @@ class Shape:
             "dtype": self.operands.dtype,
             "m": m,
             **fastest,
-            "cusparselt": {**fastest["cusparselt"], **searched},
+            "cusparselt": {
+                **fastest["cusparselt"],
+                **sparse.searched,
+                "remembers_weights": remembers(self.operands, m, sparse),
+            },
             "floor_us": max(floors.values()),
             "bound": max(floors, key=lambda name: floors[name]),
-            "errors": self.errors(m, fastest, dense, sparse, weights),
+            "read_us": floors["memory"],
+            "errors": errors(self.layer, m, fastest, dense, sparse),
             "candidates": {
                 name: round(ours[name], 3) for name in ranked if ours[name] < LISTED * ours[ranked[0]]
             },
         }
 
-    def sparse(self, m: int) -> tuple[Sparse, list[torch.Tensor], dict[str, int]]:
-        """cuSPARSELt's plan at M = m, its weights, and what its search, which runs once, has chosen.
-
-        Every plan compresses for itself: a search over weights of another plan failed with an
-        illegal instruction (cuSPARSELt 0.8).
-        """
+    def sparse(self, m: int) -> Sparse:
+        """cuSPARSELt at M = m, whose search runs once."""
         if m not in self.searched:
-            plan = Sparse(self.peers, self.operands, m)
-            weights = plan.compress()
-            self.searched[m] = plan, weights, plan.search(weights)
+            self.searched[m] = Sparse(self.peers, self.operands, m)
         return self.searched[m]
-
-    def replay(self, m: int, launch: Launch, copies: Sequence[Any], graph_us: float) -> timing.Replay:
-        """A graph of a peer's launches."""
-        return self.operands.replay(m, launch, len(copies), graph_us=graph_us)
-
-    def errors(
-        self, m: int, fastest: Mapping[str, Any], dense: Dense, peer: Sparse, weights: Sequence[torch.Tensor]
-    ) -> dict[str, float]:
-        """Relative L2 distances: of ours and cuSPARSELt to dense; of programmatic launch to none.
-
-        `cusparselt_weights` is that of cuSPARSELt's product with doubled weights to the doubled product: all
-        copies hold the same weights, so this alone tells whether a launch reads the copy that it is given.
-        """
-        kernels, chained = self.layer.kernels, fastest["ours_pdl"]["key"]
-        expected = self._chain(m, dense.run(fastest["dense"]["key"]), 1)
-        ours = self._chain(m, self.operands.run_sparse(kernels, m, fastest["ours"]["key"]), 1)
-        theirs, doubled = (self._chain(m, peer.run([copy]), 1) for copy in (weights[0], peer.doubled))
-        plain, programmatic = (
-            self._chain(m, self.operands.run_sparse(kernels, m, chained, programmatic=on), 4)
-            for on in (False, True)
-        )
-        return {
-            "ours": _distance(ours, expected),
-            "cusparselt": _distance(theirs, expected),
-            "cusparselt_weights": _distance(doubled, 2 * theirs),
-            "ours_pdl": _distance(programmatic, plain),
-        }
-
-    def _chain(self, m: int, launch: Launch, launches: int) -> torch.Tensor:
-        """The first 256 tokens of what a chain of launches over a poisoned buffer ends with, as fp32."""
-        self.operands.reset(m)
-        self.operands.at(0, m)[1].fill_(float("nan"))
-        copies = min(len(self.operands.sparse), len(self.operands.dense))
-        for index in range(launches):
-            launch(index % copies, index % 2)
-        return self.operands.at((launches - 1) % 2, m)[1][:256].float()
-
-
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
 
 
 def _best(times: Mapping[tuple[str, Any], timing.Timing], kind: str, most: int) -> list[Any]:
@@ -237,16 +200,6 @@ def run(
     result["environment"]["clocks_at_the_end"] = clocks()
 
 
-def right(cell: Mapping[str, Any]) -> bool:
-    """Whether ours computed the product; says who did not."""
-    errors = cell["errors"]
-    wrong = [name for name in errors if not errors[name] <= LIMITS[cell["dtype"]]]
-    for name in wrong:
-        kernel = cell[name.removesuffix("_weights")]["key"]
-        print(f"WRONG: {name}, {kernel}, is off by {errors[name]:.1e}", file=sys.stderr, flush=True)
-    return not any(name.startswith("ours") for name in wrong)
-
-
 def line(cell: Mapping[str, Any]) -> str:
     """One cell for the terminal."""
     dense, peer, ours, chain = (cell[kind] for kind in ("dense", "cusparselt", "ours", "ours_pdl"))
@@ -260,7 +213,7 @@ def line(cell: Mapping[str, Any]) -> str:
 
 
 def resume(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """The earlier result, if it is of this GPU and this library; this run is added to its environments.
+    """The earlier result, if it is of this GPU and this library.
 
     Raises:
         EsparseError: it is not.

@@ -80,13 +80,13 @@ struct DensePlan {
   }
 };
 
-struct SparsePlan {
+struct SparseProblem {
   Opaque<cusparseLtMatDescriptor_t> w, x, y;
   Opaque<cusparseLtMatmulDescriptor_t> description;
   Opaque<cusparseLtMatmulAlgSelection_t> algorithm;
-  Opaque<cusparseLtMatmulPlan_t> plan;
-  size_t compressed_bytes = 0, scratch_bytes = 0;
 };
+
+using SparsePlan = Opaque<cusparseLtMatmulPlan_t>;
 
 const float kOne = 1.f, kZero = 0.f;
 
@@ -115,29 +115,34 @@ const char* make_dense(DensePlan& plan, int64_t m, int64_t n, int64_t k, int dty
   return found ? nullptr : "cuBLASLt proposes no algorithm";
 }
 
-const char* make_sparse(SparsePlan& plan, int64_t m, int64_t n, int64_t k, int dtype) {
+const char* make_sparse(SparseProblem& p, int64_t m, int64_t n, int64_t k, int dtype) {
   constexpr uint32_t kAlignment = 16;
   const cudaDataType type = type_of(dtype);
   const auto* handle = sparse_handle.get();
-  CHECK(lib.cusparseLtStructuredDescriptorInit(handle, plan.w.get(), n, k, k, kAlignment, type, CUSPARSE_ORDER_ROW,
+  CHECK(lib.cusparseLtStructuredDescriptorInit(handle, p.w.get(), n, k, k, kAlignment, type, CUSPARSE_ORDER_ROW,
                                                CUSPARSELT_SPARSITY_50_PERCENT));
-  CHECK(lib.cusparseLtDenseDescriptorInit(handle, plan.x.get(), k, m, k, kAlignment, type, CUSPARSE_ORDER_COL));
-  CHECK(lib.cusparseLtDenseDescriptorInit(handle, plan.y.get(), n, m, n, kAlignment, type, CUSPARSE_ORDER_COL));
-  CHECK(lib.cusparseLtMatmulDescriptorInit(handle, plan.description.get(), CUSPARSE_OPERATION_NON_TRANSPOSE,
-                                           CUSPARSE_OPERATION_NON_TRANSPOSE, plan.w.get(), plan.x.get(), plan.y.get(),
-                                           plan.y.get(), CUSPARSE_COMPUTE_32F));
-  CHECK(lib.cusparseLtMatmulAlgSelectionInit(handle, plan.algorithm.get(), plan.description.get(),
+  CHECK(lib.cusparseLtDenseDescriptorInit(handle, p.x.get(), k, m, k, kAlignment, type, CUSPARSE_ORDER_COL));
+  CHECK(lib.cusparseLtDenseDescriptorInit(handle, p.y.get(), n, m, n, kAlignment, type, CUSPARSE_ORDER_COL));
+  CHECK(lib.cusparseLtMatmulDescriptorInit(handle, p.description.get(), CUSPARSE_OPERATION_NON_TRANSPOSE,
+                                           CUSPARSE_OPERATION_NON_TRANSPOSE, p.w.get(), p.x.get(), p.y.get(),
+                                           p.y.get(), CUSPARSE_COMPUTE_32F));
+  CHECK(lib.cusparseLtMatmulAlgSelectionInit(handle, p.algorithm.get(), p.description.get(),
                                              CUSPARSELT_MATMUL_ALG_DEFAULT));
-  CHECK(lib.cusparseLtMatmulPlanInit(handle, plan.plan.get(), plan.description.get(), plan.algorithm.get()));
-  CHECK(lib.cusparseLtSpMMACompressedSize(handle, plan.plan.get(), &plan.compressed_bytes, &plan.scratch_bytes));
   return nullptr;
 }
 
-template <typename Plan, typename... Args>
-const char* create(void** out, const char* (*make)(Plan&, Args...), Args... args) {
-  auto plan = std::make_unique<Plan>();
-  if (const char* error = make(*plan, args...)) return error;
-  *out = plan.release();
+const char* make_plan(SparsePlan& plan, SparseProblem& problem, size_t* compressed_bytes, size_t* scratch_bytes) {
+  const auto* handle = sparse_handle.get();
+  CHECK(lib.cusparseLtMatmulPlanInit(handle, plan.get(), problem.description.get(), problem.algorithm.get()));
+  CHECK(lib.cusparseLtSpMMACompressedSize(handle, plan.get(), compressed_bytes, scratch_bytes));
+  return nullptr;
+}
+
+template <typename Made, typename Make, typename... Args>
+const char* create(void** out, Make make, Args&&... args) {
+  auto made = std::make_unique<Made>();
+  if (const char* error = make(*made, args...)) return error;
+  *out = made.release();
   return nullptr;
 }
 
@@ -183,52 +188,56 @@ PEERS_API const char* peers_dense_run(void* plan, int algorithm, const void* w, 
 
 PEERS_API void peers_dense_destroy(void* plan) { delete static_cast<DensePlan*>(plan); }
 
-// --- sparse: create, compress each copy of W, search once, run ---
+// --- sparse: create; plan, compress W, search; plan again, which takes the algorithm found, for each other W; run ---
 
-PEERS_API const char* peers_sparse_create(int64_t m, int64_t n, int64_t k, int dtype, void** plan,
-                                          size_t* compressed_bytes, size_t* scratch_bytes) {
-  if (const char* error = create<SparsePlan>(plan, make_sparse, m, n, k, dtype)) return error;
-  *compressed_bytes = static_cast<SparsePlan*>(*plan)->compressed_bytes;
-  *scratch_bytes = static_cast<SparsePlan*>(*plan)->scratch_bytes;
-  return nullptr;
+PEERS_API const char* peers_sparse_create(int64_t m, int64_t n, int64_t k, int dtype, void** problem) {
+  return create<SparseProblem>(problem, make_sparse, m, n, k, dtype);
+}
+
+PEERS_API const char* peers_sparse_plan(void* problem, void** plan, size_t* compressed_bytes, size_t* scratch_bytes) {
+  return create<SparsePlan>(plan, make_plan, *static_cast<SparseProblem*>(problem), compressed_bytes, scratch_bytes);
 }
 
 PEERS_API const char* peers_sparse_compress(void* plan, const void* w, void* compressed, void* scratch, void* stream) {
-  CHECK(lib.cusparseLtSpMMACompress(sparse_handle.get(), static_cast<SparsePlan*>(plan)->plan.get(), w, compressed,
-                                    scratch, static_cast<cudaStream_t>(stream)));
+  CHECK(lib.cusparseLtSpMMACompress(sparse_handle.get(), static_cast<SparsePlan*>(plan)->get(), w, compressed, scratch,
+                                    static_cast<cudaStream_t>(stream)));
   return nullptr;
 }
 
-// Times cuSPARSELt's algorithms with its own search, split-K included, and keeps the best in the plan.
-PEERS_API const char* peers_sparse_search(void* plan, const void* compressed, const void* x, void* y, void* workspace,
-                                          size_t workspace_bytes, void* stream, int* algorithm, int* split_k) {
-  auto& p = *static_cast<SparsePlan*>(plan);
+// Times cuSPARSELt's algorithms with its own search, split-K included, and keeps the best in the plan and the problem.
+PEERS_API const char* peers_sparse_search(void* problem, void* plan, const void* compressed, const void* x, void* y,
+                                          void* workspace, size_t workspace_bytes, void* stream, int* algorithm,
+                                          int* split_k) {
+  auto* found = static_cast<SparseProblem*>(problem)->algorithm.get();
+  auto* searched = static_cast<SparsePlan*>(plan)->get();
   auto cuda_stream = static_cast<cudaStream_t>(stream);
   const auto* handle = sparse_handle.get();
-  CHECK(lib.cusparseLtMatmulSearch(handle, p.plan.get(), &kOne, compressed, x, &kZero, y, y, workspace, &cuda_stream,
-                                   1));
-  CHECK(lib.cusparseLtMatmulAlgGetAttribute(handle, p.algorithm.get(), CUSPARSELT_MATMUL_ALG_CONFIG_ID, algorithm,
+  CHECK(lib.cusparseLtMatmulSearch(handle, searched, &kOne, compressed, x, &kZero, y, y, workspace, &cuda_stream, 1));
+  CHECK(lib.cusparseLtMatmulAlgGetAttribute(handle, found, CUSPARSELT_MATMUL_ALG_CONFIG_ID, algorithm,
                                             sizeof *algorithm));
-  CHECK(lib.cusparseLtMatmulAlgGetAttribute(handle, p.algorithm.get(), CUSPARSELT_MATMUL_SPLIT_K, split_k,
-                                            sizeof *split_k));
+  CHECK(lib.cusparseLtMatmulAlgGetAttribute(handle, found, CUSPARSELT_MATMUL_SPLIT_K, split_k, sizeof *split_k));
   size_t needed = 0;
-  CHECK(lib.cusparseLtMatmulGetWorkspace(handle, p.plan.get(), &needed));
+  CHECK(lib.cusparseLtMatmulGetWorkspace(handle, searched, &needed));
   return needed <= workspace_bytes ? nullptr : fail("the algorithm needs a workspace of %zu bytes", needed);
 }
 
 PEERS_API const char* peers_sparse_run(void* plan, const void* compressed, const void* x, void* y, void* workspace,
                                        void* stream) {
   auto cuda_stream = static_cast<cudaStream_t>(stream);
-  CHECK(lib.cusparseLtMatmul(sparse_handle.get(), static_cast<SparsePlan*>(plan)->plan.get(), &kOne, compressed, x,
-                             &kZero, y, y, workspace, &cuda_stream, 1));
+  CHECK(lib.cusparseLtMatmul(sparse_handle.get(), static_cast<SparsePlan*>(plan)->get(), &kOne, compressed, x, &kZero,
+                             y, y, workspace, &cuda_stream, 1));
   return nullptr;
 }
 
-PEERS_API void peers_sparse_destroy(void* plan) {
+PEERS_API void peers_sparse_plan_destroy(void* plan) {
   auto* p = static_cast<SparsePlan*>(plan);
-  lib.cusparseLtMatmulPlanDestroy(p->plan.get());
-  lib.cusparseLtMatDescriptorDestroy(p->w.get());
-  lib.cusparseLtMatDescriptorDestroy(p->x.get());
-  lib.cusparseLtMatDescriptorDestroy(p->y.get());
+  lib.cusparseLtMatmulPlanDestroy(p->get());
+  delete p;
+}
+
+// After its plans.
+PEERS_API void peers_sparse_destroy(void* problem) {
+  auto* p = static_cast<SparseProblem*>(problem);
+  for (auto* matrix : {&p->w, &p->x, &p->y}) lib.cusparseLtMatDescriptorDestroy(matrix->get());
   delete p;
 }

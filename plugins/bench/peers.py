@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -77,55 +76,67 @@ class Dense:
 
 
 class Sparse:
-    """2:4 GEMM of cuSPARSELt at one shape, after its own search of algorithms and of split-K."""
+    """2:4 GEMM of cuSPARSELt at one shape, after its own search of algorithms and of split-K.
+
+    Every copy of the weights has a plan of its own, all with the algorithm found: the fastest kernels of
+    cuSPARSELt 0.8 read the weights that their plan has seen first, whatever a later call names. Each plan
+    compresses for itself: a search over what another had compressed failed with an illegal instruction.
+
+    Attributes:
+        copies: how many there are, one for each that ours has.
+        searched: number of the algorithm and its split-K.
+    """
 
     def __init__(self, peers: Peers, operands: Operands, m: int) -> None:
         self.peers, self.operands, self.m = peers, operands, m
-        self._plan, self._bytes, scratch = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+        self.copies = len(operands.sparse)
+        self._problem = ctypes.c_void_p()
+        self._plans: list[ctypes.c_void_p] = []
+        self._weights: list[Tensor] = []
         shape = [ctypes.c_int64(size) for size in (m, operands.n, operands.k)]
-        peers.call(
-            "sparse_create", *shape, DTYPES.index(operands.dtype), ctypes.byref(self._plan),
-            ctypes.byref(self._bytes), ctypes.byref(scratch),
-        )  # fmt: skip
-        self._scratch = torch.empty(max(1, scratch.value), dtype=torch.uint8, device="cuda")
+        peers.call("sparse_create", *shape, DTYPES.index(operands.dtype), ctypes.byref(self._problem))
+        weights = operands.dense[0]
+        self._plan(weights)
+        self.searched = self._search()
+        for _ in range(1, self.copies):
+            self._plan(weights)
+        self._plan(2 * weights)
 
-    def compress(self) -> list[Tensor]:
-        """The weights in the library's own format, as many copies as ours has.
+    def run(self, copy: int, turn: int, plan: int | None = None) -> None:
+        """Enqueue the chosen algorithm, with the plan of this copy or with that of another.
 
-        `doubled` then holds twice the weights, to see that a launch reads the weights that it is given.
+        The copy number `copies` holds twice the weights of the others.
         """
-        first = self._compressed(self.operands.dense[0])
-        self.doubled = self._compressed(2 * self.operands.dense[0])
-        return [first, *(first.clone() for _ in self.operands.sparse[1:])]
+        x, y = self.operands.at(turn, self.m)
+        arguments = _addresses(self._weights[copy], x, y, self.peers.workspace)
+        self.peers.call("sparse_run", self._plans[copy if plan is None else plan], *arguments, _stream())
 
-    def _compressed(self, dense: Tensor) -> Tensor:
-        out = torch.empty(self._bytes.value, dtype=torch.uint8, device="cuda")
-        self.peers.call("sparse_compress", self._plan, *_addresses(dense, out, self._scratch), _stream())
-        return out
+    def _plan(self, dense: Tensor) -> None:
+        """One more plan, and the weights that it compresses."""
+        plan, compressed, scratch = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+        references = [ctypes.byref(made) for made in (plan, compressed, scratch)]
+        self.peers.call("sparse_plan", self._problem, *references)
+        self._plans.append(plan)
+        sizes = (compressed.value, max(1, scratch.value))
+        out, work = (torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes)
+        self.peers.call("sparse_compress", plan, *_addresses(dense, out, work), _stream())
+        self._weights.append(out)
 
-    def search(self, weights: Sequence[Tensor]) -> dict[str, int]:
-        """Choose the algorithm; returns its number and split-K."""
+    def _search(self) -> dict[str, int]:
         x, y = self.operands.at(0, self.m)
         algorithm, split_k = ctypes.c_int(), ctypes.c_int()
         self.peers.call(
-            "sparse_search", self._plan, *_addresses(weights[0], x, y, self.peers.workspace),
-            ctypes.c_size_t(WORKSPACE), _stream(), ctypes.byref(algorithm), ctypes.byref(split_k),
+            "sparse_search", self._problem, self._plans[0],
+            *_addresses(self._weights[0], x, y, self.peers.workspace), ctypes.c_size_t(WORKSPACE), _stream(),
+            ctypes.byref(algorithm), ctypes.byref(split_k),
         )  # fmt: skip
         return {"algorithm": algorithm.value, "split_k": split_k.value}
 
-    def run(self, weights: Sequence[Tensor]) -> Launch:
-        """What enqueues the chosen algorithm."""
-
-        def launch(copy: int, turn: int) -> None:
-            x, y = self.operands.at(turn, self.m)
-            arguments = _addresses(weights[copy], x, y, self.peers.workspace)
-            self.peers.call("sparse_run", self._plan, *arguments, _stream())
-
-        return launch
-
     def __del__(self) -> None:
-        if self._plan:
-            self.peers.destroy("sparse", self._plan)
+        for plan in self._plans:
+            self.peers.destroy("sparse_plan", plan)
+        if self._problem:
+            self.peers.destroy("sparse", self._problem)
 
 
 def _addresses(*tensors: Tensor) -> list[ctypes.c_void_p]:
@@ -148,7 +159,7 @@ def _load() -> ctypes.CDLL:
             fix="configure with -DESPARSE_BENCH=ON (it needs the headers of cuBLASLt and cuSPARSELt)",
         )
     for name in ("read", "open_dense", "open_sparse", "dense_create", "dense_run", "sparse_create",
-                 "sparse_compress", "sparse_search", "sparse_run"):  # fmt: skip
+                 "sparse_plan", "sparse_compress", "sparse_search", "sparse_run"):  # fmt: skip
         getattr(lib, f"peers_{name}").restype = ctypes.c_char_p
     return lib
 

@@ -19,9 +19,9 @@ Cell = Mapping[str, Any]
 LEGEND = """\
 Medians in microseconds per GEMM in a CUDA graph of a dependent chain, weights rotated past L2, contestants
 interleaved; ± is half the distance between the 10th and the 90th percentile. *dense*: cuBLASLt, best of 8
-algorithms; *cuSPARSELt*: after its search, padded to the M in brackets where that is faster; *PDL*: ours with
-programmatic dependent launch, which the other two do not use; *floor*: share of the floor that ours (without
-PDL) reaches, that of memory or of the tensor cores.
+algorithms; *cuSPARSELt*: after its search, a plan for each copy of the weights, padded to the M in brackets
+where that is faster; *PDL*: ours with programmatic dependent launch, which the other two do not use; *floor*:
+share of the floor that ours (without PDL) reaches, that of memory or of the tensor cores.
 """
 
 

@@ -6,7 +6,7 @@ set(ESPARSE_CUTLASS_INCLUDE_DIR "" CACHE PATH
   "Folder of CUTLASS's headers, 4.2 (default: those of the wheel nvidia-cutlass)")
 set(CUTLASS_WHEEL nvidia-cutlass==4.2.0.0)
 
-set(CUTLASS_ALL 128x64_streamk 128x128 256x128 256x128_streamk)  # kernels/cutlass_<tile>.cu
+set(CUTLASS_ALL 128x64_streamk 128x128 256x128)  # kernels/cutlass_<tile>.cu
 set(CUTLASS_TILES ${ESPARSE_CUTLASS_TILES})
 if(CUTLASS_TILES STREQUAL "all")
   set(CUTLASS_TILES ${CUTLASS_ALL})

@@ -5,7 +5,6 @@
 namespace esparse {
 
 void add_cutlass_256x128(Candidates& all) {
-  add_cutlass_kernel<256, 128, 2, 1, CutlassKind::kCooperative>(all);
   add_cutlass_kernel<256, 128, 1, 2, CutlassKind::kCooperative>(all);
 }
 

@@ -1,14 +1,13 @@
 // Which candidate to take where nothing was measured: the one that a small model of the time expects to be the fastest.
 //
-// A candidate of tiles rows x tokens, K split into `split` parts, makes ceil(N / rows) ceil(M / tokens) split CTAs,
-// which run in waves over the multiprocessors. A CTA steps through its K, 128 at a time; a step takes as long as its
-// products or the bytes that it fetches, whichever is more. So
+// A candidate of tiles rows x tokens, K split into `split` parts, makes ceil(N / rows) ceil(M / tokens) split CTAs, in
+// clusters, which run in waves over the multiprocessors. A CTA steps through its K, 128 at a time; a step takes as long
+// as the products or the bytes to fetch of the CTAs that share its multiprocessor, whichever is more. So
 //
-//   t = fixed + waves (steps max(flop / rate, bytes / bandwidth) + tile + [split > 1] reduce),
+//   t = fixed + waves (steps max(flop / rate, bytes / bandwidth) + tile + log2(split) reduce),
 //
 // and no less than the time in which the weights arrive from memory. The constants are fitted to times measured on an
-// H100, those of CUTLASS by plugins/bench/fit.py, which also says how good the choices are, those of decode and wgmma
-// earlier, before all families were in one table; those of ampere and reference are estimates.
+// H100 by plugins/bench/fit.py, which also says how good the choices are; those of ampere and reference are estimates.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -32,11 +31,11 @@ struct Model {
 };
 
 constexpr Model kModels[] = {
-    {"decode_", 870, 6100, 38, 320, 800},
-    {"wgmma_", 1780, 8600, 88, 2100, 1950},
-    {"cutlass_", 2760, 9820, 170, 1410, 1950},
-    {"_pingpong_", 2760, 9820, 170, 1410, 1950},
-    {"_streamk_", 2310, 7940, 152, 1250, 8550},
+    {"decode_", 719, 4599, 27.2, 584, 20.8},
+    {"wgmma_", 551, 8269, 56.6, 3185, 465},
+    {"cutlass_", 608, 8180, 105, 1833, 0},
+    {"_pingpong_", 2176, 6461, 149, 98.4, 0},
+    {"_streamk_", 1621, 5770, 102, 3525, 0},
     {"ampere_", 4000, 2500, 40, 1500, 0},
     {"reference", 4000, 50, 1, 0, 0},
 };
@@ -49,9 +48,12 @@ struct Tile {
   int share_x = 1, share_w = 1;  // CTAs that fetch a tile of x, of W together
   bool stream_k = false;  // CTAs share out the steps evenly: waves need not be whole
   bool rows_first = false;  // CUTLASS's order of tiles that is less often the faster one
+  bool divides_rest = false;  // a cluster splits the K of each tile that whole waves leave over
+
+  int cluster() const { return split * share_x * share_w; }  // CTAs that run together
 };
 
-// The number behind `key` in a name, such as 2 behind "_s" in "cutlass_128x64_streamk_c11_s2m"; 1 where there is none.
+// The number behind `key` in a name, such as 2 behind "_s" in "wgmma_n64m64_s2_o2"; 1 where there is none.
 int number_after(const std::string& name, const std::string& key) {
   int number = 1;
   for (size_t at = name.find(key); at != std::string::npos; at = name.find(key, at + 1))
@@ -74,6 +76,7 @@ Tile parse(const std::string& name) {
   if (name.rfind("wgmma_", 0) == 0) {
     tile.share_x = number_after(name, "_x");
     tile.share_w = number_after(name, "_w");
+    tile.divides_rest = tile.share_x * tile.share_w > 1;
   } else if (name.rfind("cutlass_", 0) == 0) {
     const int cluster = number_after(name, "_c");  // two digits: along the rows, along the tokens
     tile.share_x = cluster / 10;
@@ -93,17 +96,30 @@ const std::vector<Tile>& tiles() {
   return all;
 }
 
+// How many times the clusters fill the GPU. Those of more than two CTAs fit on 120 of an H100's 132 multiprocessors.
+double waves(const Tile& tile, double clusters, double steps, const esparse_gpu& gpu) {
+  const int filled = tile.cluster() > 2 ? gpu.multiprocessors * 10 / 11 : gpu.multiprocessors;
+  const double room = std::max(1, filled * tile.per_sm / tile.cluster());
+  if (tile.stream_k) return std::max(1., clusters / room);
+  const double whole = std::floor(clusters / room), rest = clusters - whole * room;
+  const bool divided = tile.divides_rest && whole > 0 && rest * tile.cluster() <= room && steps >= 2 * tile.cluster();
+  return whole + (rest > 0 ? divided ? 1. / tile.cluster() : 1. : 0.);
+}
+
 double expected_ns(const esparse_gemm& p, const esparse_gpu& gpu, const Tile& tile) {
   if (!tile.model) return std::numeric_limits<double>::max();
   const Model& model = *tile.model;
-  const double ctas = static_cast<double>(ceil_div(p.n, tile.rows) * ceil_div(p.m, tile.tokens) * tile.split);
-  const double slots = static_cast<double>(gpu.multiprocessors) * tile.per_sm;
-  const double waves = tile.stream_k ? std::max(1., ctas / slots) : std::ceil(ctas / slots);
+  const auto clusters = static_cast<double>(ceil_div(p.n, tile.rows * tile.share_x) *
+                                            ceil_div(p.m, tile.tokens * tile.share_w));
+  const double ctas = clusters * tile.cluster();
+  const double sharing = std::min<double>(tile.per_sm, std::ceil(ctas / gpu.multiprocessors));  // CTAs of one SM
   const double steps = static_cast<double>(ceil_div(ceil_div(p.k, esparse::kTileK), tile.split));
   const double flop = 2. * esparse::kTileK * tile.rows * tile.tokens;
-  const double bytes = esparse::kTileK * (9. / 8 * tile.rows / tile.share_w + 2. * tile.tokens / tile.share_x);
-  const double step = std::max(flop / model.rate, bytes / model.bandwidth) * tile.per_sm;
-  const double work = waves * (steps * step + model.tile + (tile.split > 1 ? model.reduce : 0));
+  const double tokens = std::min<double>(tile.tokens, p.m);  // absent ones are multiplied, but not fetched
+  const double bytes = esparse::kTileK * (9. / 8 * tile.rows / tile.share_w + 2. * tokens / tile.share_x);
+  const double step = std::max(flop / model.rate, bytes / model.bandwidth) * sharing;
+  const double wave = steps * step + model.tile + std::log2(tile.split) * model.reduce;
+  const double work = waves(tile, clusters, steps, gpu) * wave;
   const double weights = 9. / 8 * static_cast<double>(p.n * p.k) / (kMemory * gpu.multiprocessors);
   return (model.fixed + std::max(work, weights + model.tile)) * (tile.rows_first ? 1.001 : 1);
 }

@@ -19,11 +19,13 @@ using wgmma::Kernel;
 
 constexpr int kSharedOfSm = 228 * 1024, kSharedOfSystem = 1024;  // of the latter, one for each CTA
 constexpr int kMaxDepth = 12;                                    // of a ring, in 128 k
+constexpr int kWorthSplitting = 2;                               // 128-k tiles for each CTA, at least
 constexpr int kBarriers = 8 + 6 * kMaxDepth * 8;                 // bytes: one, and two for each stage
 
-// Which CTAs form a cluster, and how many fit on an SM.
+// What the CTAs of a cluster do, and how many fit on an SM. Either split K of every tile, or share x and W.
 struct Plan {
   int split = 1, share_x = 1, share_w = 1, per_sm = 1;
+  int ctas() const { return split * share_x * share_w; }
 };
 
 int count(int64_t size, int tile) { return static_cast<int>(ceil_div(size, tile)); }
@@ -52,19 +54,15 @@ class WgmmaCandidate final : public Candidate {
     Arguments a{};
     if (const char* error = encode_maps(p, a)) return error;
     a.bias = p.bias;
-    a.y_data = p.y;
+    a.y = p.y;
     a.m = static_cast<int>(p.m);
     a.n = static_cast<int>(p.n);
-    const int k_tiles = count(p.k, kTileK), columns = kernel_.tokens / 8;
-    a.k_tiles = k_tiles / plan_.split;
-    a.k_rest = k_tiles % plan_.split;
-    a.columns = columns / plan_.split;
-    a.columns_rest = columns % plan_.split;
+    a.k_tiles = count(p.k, kTileK);
     a.row_clusters = count(p.n, kernel_.rows * plan_.share_x);
     a.token_clusters = count(p.m, kernel_.tokens * plan_.share_w);
+    a.ctas = plan_.ctas();
     a.share_x = plan_.share_x;
     a.share_w = plan_.share_w;
-    a.split = plan_.split;
     // Weights that a single token tile reads pass through L2 once; x is read by every row tile.
     a.weight_policy = a.token_clusters == 1 ? kEvictFirst : kEvictNormal;
     a.x_policy = a.token_clusters == 1 ? kEvictLast : kEvictNormal;
@@ -76,12 +74,11 @@ class WgmmaCandidate final : public Candidate {
     cudaLaunchAttribute attributes[2]{};
     // Also where it is of one CTA: without the attribute a barrier of the cluster has no separate arrival.
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {static_cast<unsigned>(plan_.share_x), static_cast<unsigned>(plan_.share_w),
-                                    static_cast<unsigned>(plan_.split)};
+    attributes[0].val.clusterDim = {static_cast<unsigned>(a.ctas), 1, 1};
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(plan_.share_x, plan_.share_w, plan_.split);
+    config.gridDim = a.ctas;
     config.blockDim = static_cast<unsigned>(128 * (kernel_.warpgroups + 1));
     config.dynamicSmemBytes = shared;
     config.stream = static_cast<cudaStream_t>(launch.stream);
@@ -90,6 +87,7 @@ class WgmmaCandidate final : public Candidate {
     const int clusters = clusters_at_once(config, function, a.row_clusters * a.token_clusters);
     config.gridDim.x *= clusters;
     a.group = group(a, clusters);
+    divide(a, clusters);
     void* arguments[] = {&a};
     error = cudaLaunchKernelExC(&config, function, arguments);
     return error ? cudaGetErrorString(error) : nullptr;
@@ -107,7 +105,6 @@ class WgmmaCandidate final : public Candidate {
     const uint32_t rows = kernel_.rows / plan_.share_w, tokens = kernel_.tokens / plan_.share_x;
     const char* error = encode_tensor_map({type, p.values, 2, {k / 2, n}, {k}, {64, rows}, swizzle}, &a.values);
     if (!error) error = encode_tensor_map({type, p.x, 2, {k, m}, {2 * k}, {64, tokens}, swizzle}, &a.x);
-    if (!error) error = encode_tensor_map({type, p.y, 2, {n, m}, {2 * n}, {64, 8}, swizzle}, &a.y);
     if (!error)
       error = encode_tensor_map({CU_TENSOR_MAP_DATA_TYPE_INT32,
                                  p.metadata,
@@ -124,17 +121,21 @@ class WgmmaCandidate final : public Candidate {
   int place_in_shared_memory(Arguments& a) const {
     const int staging = wgmma::staging_bytes(kernel_.tokens, kernel_.warpgroups);
     const int available = kSharedOfSm / plan_.per_sm - kSharedOfSystem - staging - kBarriers;
-    const int exchange = (a.columns + (a.columns_rest > 0)) * kernel_.rows * 8 * 4 * (plan_.split - 1);
-    const int depth = plan_.split > 1 ? std::min(kMaxDepth, a.k_tiles + (a.k_rest > 0)) : kMaxDepth;
-    int rings = fill_rings(a, depth, available - 2 * exchange);
-    // Buffers of their own spare a barrier of the cluster, but are not worth shallow rings.
-    a.exchange_in_ring = a.x_stages * wgmma::x_boxes(kernel_.tokens) < 2 * std::min(4, depth) && exchange > 0;
-    if (a.exchange_in_ring) rings = std::max(fill_rings(a, depth, available), 2 * exchange);
+    const int exchange = exchanged_bytes(), depth = std::min(kMaxDepth, count(a.k_tiles, plan_.split));
+    int rings = fill_rings(a, depth, plan_.split > 1 ? available - 2 * exchange : available);
+    // Where all tiles are split, buffers of their own spare a barrier of the cluster, but are not worth shallow rings.
+    a.exchange_in_ring = plan_.split == 1 || a.x_stages * wgmma::x_boxes(kernel_.tokens) < 2 * std::min(4, depth);
+    if (plan_.split > 1 && a.exchange_in_ring) rings = std::max(fill_rings(a, depth, available), 2 * exchange);
     a.staging = static_cast<uint32_t>(ceil_div(rings, 1024) * 1024);
     a.sent = a.exchange_in_ring ? 0 : a.staging + staging;
     a.received = a.sent + exchange;
     a.barriers = a.staging + staging + (a.exchange_in_ring ? 0 : 2 * exchange);
     return static_cast<int>(a.barriers) + kBarriers;
+  }
+
+  // What a CTA receives from the others of its cluster that split a tile's K, and sends.
+  int exchanged_bytes() const {
+    return count(kernel_.tokens / 8, plan_.ctas()) * kernel_.rows * 8 * 4 * (plan_.ctas() - 1);
   }
 
   // As many stages as fit, both rings about as deep in k. Returns the bytes.
@@ -152,7 +153,7 @@ class WgmmaCandidate final : public Candidate {
   }
 
   // Persistent: as many clusters as the GPU holds at once, which its groups of SMs may make fewer than SMs / cluster.
-  // Split tiles are small: a cluster for each.
+  // Where all tiles are split, they are small: a cluster for each.
   int clusters_at_once(const cudaLaunchConfig_t& config, const void* function, int tiles) const {
     if (plan_.split > 1) return tiles;
     if (!at_once_) {
@@ -161,6 +162,18 @@ class WgmmaCandidate final : public Candidate {
       at_once_ = clusters;
     }
     return std::min<int>(tiles, at_once_);
+  }
+
+  // The tiles that are left when whole waves are done take as long as one more. Where they are at most as many as there
+  // are clusters, a cluster takes one of them and splits its K, unless that is so short that the exchange costs more.
+  void divide(Arguments& a, int clusters) const {
+    const int pieces = a.row_clusters * a.token_clusters;
+    const int left = pieces % clusters, tiles = left * plan_.share_x * plan_.share_w;
+    const bool pays = pieces > clusters && tiles <= clusters && a.k_tiles >= kWorthSplitting * plan_.ctas();
+    const bool fits = 2 * exchanged_bytes() <= static_cast<int>(a.staging);
+    const bool leftover = plan_.ctas() > 1 && pays && fits;
+    a.whole = plan_.split > 1 ? 0 : leftover ? pieces - left : pieces;
+    a.split = plan_.split > 1 ? pieces : leftover ? tiles : 0;
   }
 
   // The clusters at work read `group` x tiles and clusters / group tiles of W: about as many bytes of each is best.
@@ -192,16 +205,15 @@ void add_wgmma(Candidates& all) {
   add(64, 16, {{1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}});
   add(128, 16, {{1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}});
   add(64, 32, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
-  add(128, 32, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {2, 2, 1, 1}, {4, 1, 1, 2}});
+  add(128, 32, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
   add(64, 64, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {1, 4, 1, 1}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
   add(128, 64, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}});
-  add(128, 64, {{2, 1, 1, 1}, {2, 2, 1, 1}, {4, 1, 1, 1}});
-  add(256, 64, {{1, 1, 1, 1}, {2, 1, 1, 1}});
-  add(128, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}, {2, 1, 1, 1}, {2, 2, 1, 1}});
+  add(128, 64, {{2, 1, 1, 1}, {4, 1, 1, 1}});
+  add(128, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}, {2, 1, 1, 1}});
   add(192, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}});
-  add(256, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}, {2, 1, 1, 1}});
-  add(128, 256, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}});
-  add(192, 256, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}});
+  add(256, 128, {{1, 2, 1, 1}, {1, 1, 2, 1}});
+  add(128, 256, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}});
+  add(192, 256, {{1, 1, 1, 1}, {1, 2, 1, 1}});
   add(256, 192, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}});
 }
 

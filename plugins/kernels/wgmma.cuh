@@ -13,9 +13,11 @@
 // (wgmma_consumer.cuh). A stage is handed back only when the wgmmas of the next one are under way, so the tensor cores
 // never drain between stages.
 //
-// A cluster is share_x CTAs along the rows (each loads its part of the x tile and multicasts it to the others) times
-// share_w along the tokens (the same for W) times `split` along K. The split CTAs of a tile each own a share of its
-// columns: every CTA copies its partial sums to their owners' shared memory, the owners add them in a fixed order.
+// A cluster works on share_x tiles along the rows (each CTA loads its part of the x tile and multicasts it to the
+// others) times share_w along the tokens (the same for W), or on one tile of which each of its CTAs takes a part of K.
+// Then each owns a share of the tile's columns: every CTA copies its partial sums to their owners' shared memory, the
+// owners add them in a fixed order. Tiles are split where they are too few to fill the GPU: all of them, or those that
+// whole waves leave over.
 #pragma once
 
 #include "wgmma_consumer.cuh"
@@ -28,31 +30,32 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLight ? 2 : 1) gemm(con
   using namespace detail;
   extern __shared__ __align__(1024) char memory[];
   const Cta<Tile> cta(a, ptx::shared_address(memory));
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   constexpr int kWeightsWarp = Tile::kConsumers / 32, kXWarp = kWeightsWarp + 1;
   constexpr int kReady = 8;  // the named barrier of the warps that copy; the other warpgroups have 1 and up
 
   ptx::griddepcontrol_launch_dependents();
   if (warp >= kWeightsWarp) {
     if constexpr (Tile::kHeavy) ptx::setmaxnreg_dec<Tile::kProducerRegisters>();
-    if (lane == 0) cta.init_barriers(warp - kWeightsWarp);
+    const bool elected = ptx::elect_sync();
+    if (elected) cta.init_barriers(warp - kWeightsWarp);
     __syncwarp();
     ptx::barrier_cluster_arrive_relaxed();
     ptx::bar_sync(kReady, 128);
     if (warp == kWeightsWarp) {
       // Copies that stay in this CTA need not wait until the others of the cluster have set up their barriers.
-      if (lane == 0 && a.share_w == 1) cta.produce_weights();
+      if (elected && a.share_w == 1) cta.produce_weights();
       __syncwarp();
       ptx::barrier_cluster_wait_acquire();
-      if (lane == 0 && a.share_w > 1) cta.produce_weights();
+      if (elected && a.share_w > 1) cta.produce_weights();
     } else if (warp == kXWarp) {
-      if (lane == 0 && a.share_x == 1) {
+      if (elected && a.share_x == 1) {
         ptx::griddepcontrol_wait();
         cta.produce_x();
       }
       __syncwarp();
       ptx::barrier_cluster_wait_acquire();
-      if (lane == 0 && a.share_x > 1) {
+      if (elected && a.share_x > 1) {
         ptx::griddepcontrol_wait();
         cta.produce_x();
       }
@@ -60,28 +63,27 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLight ? 2 : 1) gemm(con
       ptx::barrier_cluster_wait_acquire();
     }
     __syncwarp();
-    if (a.exchange_in_ring) cluster_sync();
+    if (cta.splits() && a.exchange_in_ring) cluster_sync();
   } else {
     if constexpr (Tile::kHeavy) ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();
     cluster_sync();
     Consumer<Tile> consumer(cta);
     for (int index = cta.cluster; index < cta.pieces(); index += cta.clusters) {
       const Work work = cta.work(index);
-      consumer.load_bias(work);
-      consumer.multiply();
-      if (a.split > 1) {
+      consumer.begin(work);
+      consumer.multiply(work);
+      if (!work.whole()) {
         if (a.exchange_in_ring) cluster_sync();
         consumer.reduce();
         ptx::barrier_cluster_arrive_relaxed();
       }
       consumer.store(work);
     }
-    if (threadIdx.x % 128 == 0) ptx::cp_async_bulk_wait_group_read<0>();
   }
   // Until the others of the cluster neither read this one's shared memory nor arrive at its barriers.
-  if (a.share_x * a.share_w * a.split > 1) {
+  if (a.ctas > 1) {
     __syncwarp();
-    if (a.split == 1 || warp >= kWeightsWarp) ptx::barrier_cluster_arrive_relaxed();
+    if (!cta.splits() || warp >= kWeightsWarp) ptx::barrier_cluster_arrive_relaxed();
     ptx::barrier_cluster_wait_acquire();
   }
 #endif

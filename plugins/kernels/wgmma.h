@@ -9,15 +9,15 @@
 namespace esparse::wgmma {
 
 struct Arguments {
-  CUtensorMap values, metadata, x, y;
+  CUtensorMap values, metadata, x;
   const void* bias;  // [N], or null
-  void* y_data;      // [M, N]
+  void* y;           // [M, N]
   int m, n;
-  int k_tiles, k_rest;               // of 128 k: in each slice of K, and one more in the first k_rest
-  int columns, columns_rest;         // of 8 tokens, the same: what the CTA of each slice completes
-  int row_clusters, token_clusters;  // tiles of y^T, in clusters
+  int k_tiles;                       // of 128 k
+  int row_clusters, token_clusters;  // the tiles of y^T in blocks of share_x x share_w
   int group;                         // token clusters that are worked on together
-  int share_x, share_w, split;       // the cluster: CTAs along rows, along tokens, along K
+  int ctas, share_x, share_w;        // of a cluster; along rows and along tokens, where each has a tile of its own
+  int whole, split;                  // pieces of work: blocks of tiles, then tiles of which a cluster splits K
   int weights_stages, x_stages;
   uint32_t staging, sent, received, barriers;  // offsets in shared memory
   int exchange_in_ring;                        // sums of other CTAs are exchanged where the stages were
@@ -28,9 +28,9 @@ constexpr int weights_bytes(int rows) { return rows * (128 + 16); }  // of a sta
 // A stage of x is 64 k, or 128 k where the wgmmas are so short that each wait counts.
 constexpr int x_boxes(int tokens) { return tokens <= 64 ? 2 : 1; }
 constexpr int x_bytes(int tokens) { return x_boxes(tokens) * tokens * 128; }
-// Warps write tiles of few tokens themselves, which is sooner; the copy engine writes those of many meanwhile.
+// Each warp turns its part of a tile of few tokens around by itself, which is sooner; a warpgroup, whose stores fill
+// lines of 128 bytes, that of a larger one, in chunks of this many columns of 8 tokens.
 constexpr bool stores_by_warp(int tokens) { return tokens <= 64; }
-// Columns of 8 tokens that the copy engine takes together, from one of two buffers of each warpgroup.
 constexpr int chunk(int tokens) { return tokens < 256 ? 4 : 2; }
 constexpr int staging_bytes(int tokens, int warpgroups) {
   return warpgroups * (stores_by_warp(tokens) ? 4 * 1024 : 2 * chunk(tokens) * 1024);

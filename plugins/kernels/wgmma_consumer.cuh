@@ -18,17 +18,20 @@ struct Consumer {
   const int thread = threadIdx.x, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same in all lanes: descriptors are uniform
   Ring weights, x;
-  uint32_t weights_handback = 0, x_handback = 0;  // barriers of stage 0 that this lane arrives at to hand a stage back
-  int buffer = 0;                                 // of the two for y
+  uint32_t weights_handback, x_handback;  // barriers of stage 0 that this lane arrives at to hand a stage back, or 0
+  int buffer = 0;                         // of the two for y
   float sum[Tile::kBlocks][Tile::kParts][Tile::kSums / Tile::kParts];
   float low[Tile::kBlocks], high[Tile::kBlocks];  // bias of this thread's rows g and g+8 of each block
 
-  __device__ explicit Consumer(const Cta<Tile>& cta) : cta(cta), weights(cta.weights()), x(cta.x()) {
-    // Lane i takes the i-th CTA whose copies reach this one.
-    const Arguments& a = cta.a;
-    const Place& here = cta.place;
-    if (lane < a.share_w) weights_handback = ptx::mapa(weights.empty(0), rank_of(a, here.row, lane, here.slice));
-    if (lane < a.share_x) x_handback = ptx::mapa(x.empty(0), rank_of(a, lane, here.token, here.slice));
+  __device__ explicit Consumer(const Cta<Tile>& cta) : cta(cta), weights(cta.weights()), x(cta.x()) {}
+
+  // Lane i hands back to the i-th CTA whose copies reach this one; where only its own do, it counts as often.
+  __device__ void begin(const Work& work) {
+    const int row = cta.row, token = cta.token, share_x = cta.a.share_x;
+    const bool whole = work.whole();
+    weights_handback = lane < cta.a.share_w ? ptx::mapa(weights.empty(0), whole ? row + share_x * lane : cta.rank) : 0;
+    x_handback = lane < share_x ? ptx::mapa(x.empty(0), whole ? lane + share_x * token : cta.rank) : 0;
+    load_bias(work);
   }
 
   // The i-th sum of a block.
@@ -105,14 +108,14 @@ struct Consumer {
   }
 
   // sum = the product over this CTA's k.
-  __device__ void multiply() {
+  __device__ void multiply(const Work& work) {
 #pragma unroll
     for (int b = 0; b < Tile::kBlocks; ++b)
 #pragma unroll
       for (int i = 0; i < Tile::kSums; ++i) at(b, i) = 0.f;
 
     uint2 even[Tile::kBlocks], odd[Tile::kBlocks];
-    const int steps = cta.k_end - cta.k_begin;
+    const int steps = work.k_end - work.k_begin;
     for (int i = 0; i + 1 < steps; i += 2) {
       step(even, i == 0);
       step(odd, false);
@@ -127,21 +130,21 @@ struct Consumer {
         asm volatile("" : "+f"(at(b, i))::"memory");  // none is read before the wait
   }
 
-  // Where this warpgroup's sums lie that slice `from` sends to slice `to`, in the buffer at `buffer` of one of the two.
+  // Where, in one of the two buffers of CTA `mine`, this warpgroup's sums lie that it exchanges with CTA `other`.
   __device__ uint32_t exchanged(uint32_t buffer, int mine, int other) const {
     const int slot = other < mine ? other : other - 1;
-    const int columns = cta.a.columns + (cta.a.columns_rest > 0);
+    const int columns = (Tile::kColumns + cta.a.ctas - 1) / cta.a.ctas;
     return cta.shared + buffer + (slot * Tile::kWarpgroups + warpgroup) * columns * Tile::kBlocks * 2048;
   }
 
   // Add up the sums of the CTAs that split K. Afterwards they are whole in this CTA's own columns.
   __device__ void reduce() {
-    const int slice = cta.place.slice;
+    const int ctas = cta.a.ctas, rank = cta.rank;
     const bool issuer = thread % 128 == 0;
-    for (int i = 1; i < cta.a.split; ++i) {
-      const int other = slice + i < cta.a.split ? slice + i : slice + i - cta.a.split;
-      const int first = cta.first_column(other), end = cta.first_column(other + 1);
-      const uint32_t from = exchanged(cta.a.sent, slice, other);
+    for (int i = 1; i < ctas; ++i) {
+      const int other = rank + i < ctas ? rank + i : rank + i - ctas;
+      const int first = share_begin(Tile::kColumns, other, ctas), end = share_begin(Tile::kColumns, other + 1, ctas);
+      const uint32_t from = exchanged(cta.a.sent, rank, other);
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; ++j) {
         if (j < first || j >= end) continue;
@@ -152,18 +155,16 @@ struct Consumer {
       }
       ptx::fence_proxy_async();
       ptx::bar_sync(1 + warpgroup, 128);
-      if (issuer) {
-        const uint32_t there = rank_of(cta.a, cta.place.row, cta.place.token, other);
-        ptx::cp_async_bulk_to_cluster(ptx::mapa(exchanged(cta.a.received, other, slice), there), from,
-                                      (end - first) * Tile::kBlocks * 2048, ptx::mapa(cta.reduced(), there));
-      }
+      if (issuer)
+        ptx::cp_async_bulk_to_cluster(ptx::mapa(exchanged(cta.a.received, other, rank), other), from,
+                                      (end - first) * Tile::kBlocks * 2048, ptx::mapa(cta.reduced(), other));
       __syncwarp();
     }
     wait(cta.reduced(), 0);
-    const int first = cta.first_column(slice), end = cta.first_column(slice + 1);
-    for (int i = 0; i < cta.a.split; ++i) {
-      if (i == slice) continue;
-      const uint32_t from = exchanged(cta.a.received, slice, i);
+    const int first = share_begin(Tile::kColumns, rank, ctas), end = share_begin(Tile::kColumns, rank + 1, ctas);
+    for (int i = 0; i < ctas; ++i) {
+      if (i == rank) continue;
+      const uint32_t from = exchanged(cta.a.received, rank, i);
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; ++j) {
         if (j < first || j >= end) continue;
@@ -193,11 +194,13 @@ struct Consumer {
 
   // y = sum + bias in this CTA's columns.
   __device__ void store(const Work& work) {
-    const int first = cta.first_column(cta.place.slice), end = cta.first_column(cta.place.slice + 1);
+    const bool whole = work.whole();  // spares the divisions
+    const int first = whole ? 0 : share_begin(Tile::kColumns, work.part, work.parts);
+    const int end = whole ? Tile::kColumns : share_begin(Tile::kColumns, work.part + 1, work.parts);
     if constexpr (Tile::kStoresByWarp) {
       store_by_warp(work, first, end);
     } else {
-      store_by_tma(work, first, end);
+      store_by_warpgroup(work, first, end);
     }
   }
 
@@ -208,7 +211,7 @@ struct Consumer {
     const uint32_t to = column * 256 + row * 32 + (half ^ row >> 2) * 16;
     const int token = lane / 2;
     const uint32_t from = token * 32 + (lane % 2 ^ (token >> 2 & 1)) * 16;
-    T* const y = static_cast<T*>(cta.a.y_data);
+    T* const y = static_cast<T*>(cta.a.y);
 #pragma unroll
     for (int b = 0; b < Tile::kBlocks; ++b) {
       const int n = work.row0 + (warpgroup * Tile::kBlocks + b) * 64 + 16 * warp + lane % 2 * 8;
@@ -227,35 +230,35 @@ struct Consumer {
     }
   }
 
-  // The copy engine writes [8 tokens][64 channels] a column, which the warpgroup turns around, swizzled.
-  __device__ void store_by_tma(const Work& work, int first, int end) {
+  // A warpgroup turns [64 channels][8 kChunk tokens] around in one of two buffers, swizzled, and writes 128 bytes a
+  // token: whole lines, of which stores take one at a time.
+  __device__ void store_by_warpgroup(const Work& work, int first, int end) {
     constexpr int kChunk = Tile::kChunk;
     const uint32_t buffers = cta.shared + cta.a.staging + warpgroup * 2 * kChunk * 1024;
-    const int row = lane % 8, half = lane / 8 % 2;  // this lane's address for stmatrix: token `row`, 8 channels
-    const uint32_t swizzled = row * 128 + (((2 * warp + half) ^ row) * 16);
-    const bool issuer = thread % 128 == 0;
+    const int column = lane / 16, row = lane % 8, half = lane / 8 % 2;  // this lane's address for stmatrix
+    const uint32_t to = column * 1024 + row * 128 + ((2 * warp + half) ^ row) * 16;
+    T* const y = static_cast<T*>(cta.a.y);
 #pragma unroll
     for (int b = 0; b < Tile::kBlocks; ++b) {
-      const int n0 = work.row0 + (warpgroup * Tile::kBlocks + b) * 64;
+      const int n = work.row0 + (warpgroup * Tile::kBlocks + b) * 64 + lane % 8 * 8;
 #pragma unroll
       for (int chunk = 0; chunk < Tile::kColumns; chunk += kChunk) {
         if (chunk + kChunk <= first || chunk >= end) continue;
-        const uint32_t to = buffers + buffer * kChunk * 1024;
+        const uint32_t here = buffers + buffer * kChunk * 1024;
         buffer ^= 1;
-        if (issuer) ptx::cp_async_bulk_wait_group_read<1>();
-        __syncwarp();
-        ptx::bar_sync(1 + warpgroup, 128);
 #pragma unroll
-        for (int j = chunk; j < chunk + kChunk; ++j)
-          ptx::stmatrix_x2_trans(to + (j - chunk) * 1024 + swizzled, pack_low(b, j), pack_high(b, j));
-        ptx::fence_proxy_async();
-        ptx::bar_sync(1 + warpgroup, 128);
-        if (issuer) {
-          for (int j = max(chunk, first); j < min(chunk + kChunk, end); ++j)
-            ptx::cp_async_bulk_tensor_2d_store(&cta.a.y, n0, work.token0 + 8 * j, to + (j - chunk) * 1024);
-          ptx::cp_async_bulk_commit_group();
+        for (int j = chunk; j < chunk + kChunk; j += 2)
+          ptx::stmatrix_x4_trans(here + (j - chunk) * 1024 + to, pack_low(b, j), pack_high(b, j), pack_low(b, j + 1),
+                                 pack_high(b, j + 1));
+        ptx::bar_sync(1 + warpgroup, 128);  // and so the warps have also read what was here two chunks ago
+#pragma unroll
+        for (int i = 0; i < kChunk / 2; ++i) {
+          const int token = warp * 2 * kChunk + 4 * i + lane / 8;
+          const uint4 out = ptx::ld_shared_v4(here + token * 128 + ((lane ^ token) % 8) * 16);
+          const int m = work.token0 + 8 * chunk + token, mine = chunk + token / 8;
+          if (mine >= first && mine < end && m < cta.a.m && n < cta.a.n)
+            *reinterpret_cast<uint4*>(y + static_cast<int64_t>(m) * cta.a.n + n) = out;
         }
-        __syncwarp();
       }
     }
   }

@@ -8,5 +8,4 @@ void esparse::wgmma::add_narrow(std::vector<Kernel>& kernels) {
   kernels.push_back(kernel<2, 1, 32>());
   kernels.push_back(kernel<1, 1, 64>());
   kernels.push_back(kernel<2, 1, 64>());
-  kernels.push_back(kernel<2, 2, 64>());
 }

@@ -80,26 +80,48 @@ struct Ring {
   }
 };
 
-// Where this CTA stands in its cluster.
-struct Place {
-  int row, token, slice;
-  __device__ Place() {
-    const int3 id = ptx::cluster_ctaid();
-    row = id.x;
-    token = id.y;
-    slice = id.z;
-  }
-};
-
-__device__ inline int rank_of(const Arguments& a, int row, int token, int slice) {
-  return row + a.share_x * (token + a.share_w * slice);
+// Where the `part`-th of `parts` nearly equal shares of `count` begins; it ends where the next begins.
+__device__ inline int share_begin(int count, int part, int parts) {
+  return part * (count / parts) + min(part, count % parts);
 }
 
-// The tile of this CTA in the cluster's `index`-th piece of work. Pieces run along the tokens within groups of
-// `group` clusters of tokens, so that CTAs at work together share rows of W and x in L2.
+// What a CTA does of a piece of work.
 struct Work {
-  int row0, token0;  // first row and token of the tile
-  __device__ Work(const Arguments& a, const Place& place, int index, int rows, int tokens) {
+  int row0, token0;    // first row and token of the tile
+  int part, parts;     // of K
+  int k_begin, k_end;  // 128-k tiles
+  __device__ bool whole() const { return parts == 1; }
+};
+
+template <class Tile>
+struct Cta {
+  const Arguments& a;
+  const uint32_t shared;  // base of shared memory
+  const int rank = ptx::cluster_ctarank(), cluster = ptx::clusterid_x(), clusters = ptx::nclusterid_x();
+  const int row = rank % a.share_x, token = rank / a.share_x;  // its tile in a block of the cluster
+
+  __device__ Cta(const Arguments& a, uint32_t shared) : a(a), shared(shared) {}
+
+  __device__ Ring weights() const { return {shared, shared + a.barriers + 8, Tile::kWeightsBytes, a.weights_stages}; }
+  __device__ Ring x() const {
+    return {shared + a.weights_stages * Tile::kWeightsBytes, shared + a.barriers + 8 + 16 * a.weights_stages,
+            Tile::kXBytes, a.x_stages};
+  }
+  __device__ uint32_t reduced() const { return shared + a.barriers; }
+  __device__ int pieces() const { return a.whole + a.split; }
+  // Whether this cluster's last piece is one of which it splits K: `whole` is a multiple of `clusters`.
+  __device__ bool splits() const { return cluster < a.split; }
+
+  // The `index`-th piece. Blocks of tiles run along the tokens within groups of `group` clusters of tokens, so that
+  // CTAs at work together share rows of W and x in L2.
+  __device__ Work work(int index) const {
+    Work work{row, token, 0, 1, 0, a.k_tiles};  // row and token within the block of tiles, at first
+    if (index >= a.whole) {
+      const int tiles = a.share_x * a.share_w, tile = (index - a.whole) % tiles;
+      index = a.whole + (index - a.whole) / tiles;
+      const int k_begin = share_begin(a.k_tiles, rank, a.ctas), k_end = share_begin(a.k_tiles, rank + 1, a.ctas);
+      work = {tile % a.share_x, tile / a.share_x, rank, a.ctas, k_begin, k_end};
+    }
     int row_cluster = index, token_cluster = 0;
     if (a.token_clusters > 1) {
       const int in_group = a.group * a.row_clusters;
@@ -108,37 +130,10 @@ struct Work {
       row_cluster = index % in_group / width;
       token_cluster = first + index % in_group % width;
     }
-    row0 = (row_cluster * a.share_x + place.row) * rows;
-    token0 = (token_cluster * a.share_w + place.token) * tokens;
+    work.row0 = (row_cluster * a.share_x + work.row0) * Tile::kRows;
+    work.token0 = (token_cluster * a.share_w + work.token0) * Tile::kTokens;
+    return work;
   }
-};
-
-template <class Tile>
-struct Cta {
-  const Arguments& a;
-  const uint32_t shared;  // base of shared memory
-  const Place place{};
-  const int cluster, clusters, k_begin, k_end;  // this cluster of how many, and its 128-k tiles
-
-  __device__ Cta(const Arguments& a, uint32_t shared)
-      : a(a),
-        shared(shared),
-        cluster(ptx::clusterid_x()),
-        clusters(ptx::nclusterid_x()),
-        k_begin(place.slice * a.k_tiles + min(place.slice, a.k_rest)),
-        k_end(k_begin + a.k_tiles + (place.slice < a.k_rest)) {}
-
-  __device__ Ring weights() const { return {shared, shared + a.barriers + 8, Tile::kWeightsBytes, a.weights_stages}; }
-  __device__ Ring x() const {
-    return {shared + a.weights_stages * Tile::kWeightsBytes, shared + a.barriers + 8 + 16 * a.weights_stages,
-            Tile::kXBytes, a.x_stages};
-  }
-  __device__ uint32_t reduced() const { return shared + a.barriers; }
-  __device__ Work work(int index) const { return {a, place, index, Tile::kRows, Tile::kTokens}; }
-  __device__ int pieces() const { return a.row_clusters * a.token_clusters; }
-
-  // The columns of 8 tokens whose sums the CTA of `slice` completes begin here and end where those of the next begin.
-  __device__ int first_column(int slice) const { return slice * a.columns + min(slice, a.columns_rest); }
 
   // One thread of each warp of the last warpgroup. A stage is free when every multiplying warp of every CTA that this
   // one's copies reach is done with it.
@@ -147,53 +142,68 @@ struct Cta {
     x().init(Tile::kConsumers / 32 * a.share_x, warp, 4);
     if (warp == 3) ptx::mbarrier_init(reduced(), 1);
     ptx::fence_mbarrier_init();
-    if (warp == 3 && a.split > 1) {
-      const int columns = first_column(place.slice + 1) - first_column(place.slice);
-      ptx::mbarrier_arrive_expect_tx(reduced(), columns * Tile::kRows * 8 * 4 * (a.split - 1));
+    if (warp == 3 && splits()) {
+      const int columns = share_begin(Tile::kColumns, rank + 1, a.ctas) - share_begin(Tile::kColumns, rank, a.ctas);
+      ptx::mbarrier_arrive_expect_tx(reduced(), columns * Tile::kRows * 8 * 4 * (a.ctas - 1));
     }
   }
 
-  // All copies of weights: of each stage this CTA's share_w-th of the rows, for all that share them.
+  // All copies of weights: the rows of this CTA's tile, or of a row of tiles its share for all of them.
   __device__ void produce_weights() const {
-    const int rows = Tile::kRows / a.share_w, first = place.token * rows;
+    const int rows = Tile::kRows / a.share_w, mine = token * rows;
     uint16_t ctas = 0;
-    for (int other = 0; other < a.share_w; ++other) ctas |= 1 << rank_of(a, place.row, other, place.slice);
+    for (int other = 0; other < a.share_w; ++other) ctas |= 1 << (row + a.share_x * other);
     Ring ring = weights();
     for (int index = cluster; index < pieces(); index += clusters) {
-      const int row = work(index).row0 + first;
-      for (int kt = k_begin; kt < k_end; ++kt, ring.advance()) {
-        ring.claim();
-        const uint32_t values = ring.here() + first * 128, metadata = ring.here() + Tile::kRows * 128 + first * 16;
-        if (a.share_w == 1) {
-          ptx::cp_async_bulk_tensor_2d(values, &a.values, 64 * kt, row, ring.full_here(), a.weight_policy);
-          ptx::cp_async_bulk_tensor_3d(metadata, &a.metadata, 0, row / 64, kt, ring.full_here(), a.weight_policy);
-        } else {
-          ptx::cp_async_bulk_tensor_2d_multicast(values, &a.values, 64 * kt, row, ring.full_here(), ctas,
-                                                 a.weight_policy);
-          ptx::cp_async_bulk_tensor_3d_multicast(metadata, &a.metadata, 0, row / 64, kt, ring.full_here(), ctas,
-                                                 a.weight_policy);
+      const Work work = this->work(index);
+      if (a.share_w > 1 && work.whole()) {
+        const int n = work.row0 + mine;
+        for (int kt = work.k_begin; kt < work.k_end; ++kt, ring.advance()) {
+          ring.claim();
+          ptx::cp_async_bulk_tensor_2d_multicast(ring.here() + mine * 128, &a.values, 64 * kt, n, ring.full_here(),
+                                                 ctas, a.weight_policy);
+          ptx::cp_async_bulk_tensor_3d_multicast(ring.here() + Tile::kRows * 128 + mine * 16, &a.metadata, 0, n / 64,
+                                                 kt, ring.full_here(), ctas, a.weight_policy);
+        }
+      } else {
+        for (int kt = work.k_begin; kt < work.k_end; ++kt, ring.advance()) {
+          ring.claim();
+          for (int first = 0; first < Tile::kRows; first += rows) {
+            const int n = work.row0 + first;
+            ptx::cp_async_bulk_tensor_2d(ring.here() + first * 128, &a.values, 64 * kt, n, ring.full_here(),
+                                         a.weight_policy);
+            ptx::cp_async_bulk_tensor_3d(ring.here() + Tile::kRows * 128 + first * 16, &a.metadata, 0, n / 64, kt,
+                                         ring.full_here(), a.weight_policy);
+          }
         }
       }
     }
   }
 
-  // The same for x: this CTA's share_x-th of the tokens.
+  // The same for x.
   __device__ void produce_x() const {
-    const int tokens = Tile::kTokens / a.share_x, first = place.row * tokens;
-    const uint16_t ctas = ((1 << a.share_x) - 1) << rank_of(a, 0, place.token, place.slice);
+    const int tokens = Tile::kTokens / a.share_x, mine = row * tokens;
+    const uint16_t ctas = ((1 << a.share_x) - 1) << (a.share_x * token);
     Ring ring = x();
     for (int index = cluster; index < pieces(); index += clusters) {
-      const int token = work(index).token0 + first;
-      for (int k = 128 * k_begin; k < 128 * k_end; k += 64 * Tile::kXBoxes, ring.advance()) {
-        ring.claim();
+      const Work work = this->work(index);
+      const int end = 128 * work.k_end;
+      if (a.share_x > 1 && work.whole()) {
+        for (int k = 128 * work.k_begin; k < end; k += 64 * Tile::kXBoxes, ring.advance()) {
+          ring.claim();
 #pragma unroll
-        for (int box = 0; box < Tile::kXBoxes; ++box) {
-          const uint32_t to = ring.here() + (box * Tile::kTokens + first) * 128;
-          if (a.share_x == 1) {
-            ptx::cp_async_bulk_tensor_2d(to, &a.x, k + 64 * box, token, ring.full_here(), a.x_policy);
-          } else {
-            ptx::cp_async_bulk_tensor_2d_multicast(to, &a.x, k + 64 * box, token, ring.full_here(), ctas, a.x_policy);
-          }
+          for (int box = 0; box < Tile::kXBoxes; ++box)
+            ptx::cp_async_bulk_tensor_2d_multicast(ring.here() + (box * Tile::kTokens + mine) * 128, &a.x, k + 64 * box,
+                                                   work.token0 + mine, ring.full_here(), ctas, a.x_policy);
+        }
+      } else {
+        for (int k = 128 * work.k_begin; k < end; k += 64 * Tile::kXBoxes, ring.advance()) {
+          ring.claim();
+          for (int first = 0; first < Tile::kTokens; first += tokens)
+#pragma unroll
+            for (int box = 0; box < Tile::kXBoxes; ++box)
+              ptx::cp_async_bulk_tensor_2d(ring.here() + (box * Tile::kTokens + first) * 128, &a.x, k + 64 * box,
+                                           work.token0 + first, ring.full_here(), a.x_policy);
         }
       }
     }

@@ -48,29 +48,19 @@ __device__ inline void cp_async_bulk_tensor_3d_multicast(uint32_t to, const CUte
       : "memory");
 }
 
-// Shared memory to global; what lies outside the tensor is not written.
-__device__ inline void cp_async_bulk_tensor_2d_store(const CUtensorMap* map, int c0, int c1, uint32_t from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(c0),
-               "r"(c1), "r"(from)
-               : "memory");
-}
-
-__device__ inline void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-// Wait until all but this thread's latest kPending groups have read their shared memory.
-template <int kPending>
-__device__ inline void cp_async_bulk_wait_group_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-
 // ---- Clusters and barriers
 
-__device__ inline int3 cluster_ctaid() {
-  int3 id;
-  asm volatile("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(id.x));
-  asm volatile("mov.u32 %0, %%cluster_ctaid.y;" : "=r"(id.y));
-  asm volatile("mov.u32 %0, %%cluster_ctaid.z;" : "=r"(id.z));
-  return id;
+// True in one lane of a converged warp. The compiler knows that it is one, and issues copies without a loop over lanes.
+__device__ inline bool elect_sync() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected;
+}
+
+__device__ inline int cluster_ctarank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
 }
 __device__ inline int clusterid_x() {
   int id;
@@ -111,13 +101,7 @@ __device__ inline void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Two 8x8 matrices of 16-bit elements, stored transposed; lanes 8i .. 8i+7 hold the addresses of the stored rows of i.
-__device__ inline void stmatrix_x2_trans(uint32_t address, uint32_t a, uint32_t b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
-               : "memory");
-}
-
-// The same with four.
+// Four 8x8 matrices of 16-bit elements, stored transposed; lanes 8i .. 8i+7 hold the addresses of the stored rows of i.
 __device__ inline void stmatrix_x4_trans(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)

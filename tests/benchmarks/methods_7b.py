@@ -30,6 +30,7 @@ from esparse_trt.sections import PermuteSection, PruneSection, ScoreSection, Upd
 from esparse_trt.sparsity import permute
 from esparse_trt.sparsity.pattern import Pattern, kept_score, nm_mask
 from esparse_trt.sparsity.prune import prune_model
+from esparse_trt.sparsity.refine import refine
 from esparse_trt.sparsity.score import ChannelStatistics, error, score
 from esparse_trt.sparsity.update import update
 
@@ -46,13 +47,14 @@ SITES = {
 PATTERN = Pattern(2, 4)
 SCORES = ("magnitude", "wanda", "ria", "e_sparse", "obd", "obs")
 PERMUTATIONS: dict[str, dict[str, Any]] = {
-    "none": {"global": "none", "local": None},
-    "global": {"local": None},
-    "global, local 256": {},
-    "global, local full width": {"local": {"block": "full"}},
-    "local full width": {"global": "none", "local": {"block": "full"}},
-    "global, assignment": {"local": None, "assign": 1},
-    "global, local full width, assignment": {"local": {"block": "full"}, "assign": 1},
+    "none": {"global": "none", "local": None, "refine": None},
+    "global": {"local": None, "refine": None},
+    "global, local 256": {"local": {"block": 256}, "refine": None},
+    "global, local full width": {"refine": None},
+    "local full width": {"global": "none", "refine": None},
+    "global, assignment": {"local": None, "assign": 1, "refine": None},
+    "global, local full width, assignment": {"assign": 1, "refine": None},
+    "global, local full width, refined": {},
 }
 UPDATES: dict[str, dict[str, Any]] = {
     "SparseGPT": {"descent": 0, "refit": 0},
@@ -62,8 +64,8 @@ UPDATES: dict[str, dict[str, Any]] = {
     "obs, fixed mask": {"mask": "fixed"},
 }
 BLOCKS: dict[str, dict[str, Any]] = {
+    "e_sparse, both shuffles": {"permute": {"refine": None, "attention": "fold"}},
     "e_sparse": {},
-    "e_sparse, local full width": {"permute": {"local": {"block": "full"}}},
     "wanda, obs": {"score": {"method": "wanda"}, "update": {"method": "obs"}},
     "wanda, obs, 50 steps of recovery": {
         "score": {"method": "wanda"}, "update": {"method": "obs"}, "recover": {"steps": 50},
@@ -181,7 +183,15 @@ def _permutations(
             found[name] = permute.choose_heads(wanted, PATTERN, section, heads=HEADS, kv_heads=HEADS).final
         else:
             found[name] = permute.choose(wanted.unsqueeze(0), PATTERN, section).final[0]
+        if section.refine is not None:
+            found[name] = _refined(weight, statistics, found[name], section.refine.rounds)
     return found
+
+
+def _refined(weight: Tensor, statistics: ChannelStatistics, start: Tensor, rounds: int) -> Tensor:
+    assert statistics.hessian is not None
+    scores = _scores(weight, statistics, "wanda")
+    return refine(weight, scores, statistics.hessian, None, start, PATTERN, rounds)
 
 
 def _kept(block: dict[str, tuple[Tensor, ChannelStatistics]], found: dict[str, Tensor]) -> float:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from esparse_trt.cli import app
 from esparse_trt.errors import EsparseError
-from esparse_trt.evaluate.ablation import Ablation, AblationRow, load_ablation, rank
+from esparse_trt.evaluate.ablation import Ablation, AblationRow, join, load_ablation, rank
 from esparse_trt.evaluate.ablation_page import layout, markdown, page
 
 WINDOWS = 64
@@ -124,6 +124,27 @@ def test_the_command_prints_markdown_and_writes_a_page(table: Ablation, tmp_path
         assert item.name in shown and f"{item.perplexity:.3f}" in shown
     missing = CliRunner().invoke(app, ["table", str(tmp_path / "nothing.json")])
     assert missing.exit_code == 2 and "no ablation table there" in missing.output
+
+
+def test_rows_that_were_run_apart_are_joined(table: Ablation, tmp_path: Path):
+    first = table.model_copy(update={"rows": table.rows[:2]})
+    second = table.model_copy(update={"rows": table.rows[1:]})
+    (tmp_path / "1.json").write_text(first.to_json())
+    (tmp_path / "2.json").write_text(second.to_json())
+    command = [
+        "table",
+        str(tmp_path / "1.json"),
+        str(tmp_path / "2.json"),
+        "--json",
+        str(tmp_path / "joined"),
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "joined").read_text() == table.to_json()
+    with pytest.raises(EsparseError, match="do not belong"):
+        join([first, second.model_copy(update={"fingerprint": "another"})])
+    with pytest.raises(EsparseError, match="do not belong"):
+        join([first, second.model_copy(update={"device": "another"})])
 
 
 def test_names_are_escaped(table: Ablation):

@@ -116,14 +116,16 @@ def test_captured_prefill_is_the_eager_one(models, length: int) -> None:
                 assert torch.equal(eager.step(), captured.step())
 
 
-def test_replays_of_one_graph_repeat_themselves(models) -> None:
-    prompts = torch.randint(0, CONFIG.vocab_size, (1, 40), device="cuda")
+@pytest.mark.parametrize("batch", [1, 16])
+def test_replays_of_one_graph_repeat_themselves(models, batch: int) -> None:
+    """Bitwise: a kernel that begins early and reads too early would not."""
+    prompts = torch.randint(0, CONFIG.vocab_size, (batch, 40), device="cuda")
     for model in models:
-        decoder = Decoder(model, 1, 300)
+        decoder = Decoder(model, batch, 300)
         runs = []
         for _ in range(3):
             decoder.prefill(prompts)
             runs.append(torch.cat([decoder.step().clone() for _ in range(250)]))
         assert torch.equal(runs[0], runs[1])
         assert torch.equal(runs[0], runs[2])
-        assert torch.equal(generate(model, prompts, 251)[0, 1:], runs[0][:, 0])
+        assert torch.equal(generate(model, prompts, 251)[:, 1:], runs[0].view(250, batch).T)

@@ -8,8 +8,8 @@ import pytest
 BENCH = Path(__file__).parents[2] / "plugins" / "bench"
 NAMES = (
     "decode_r2k4u6_s1", "wgmma_n64m64_s2_o2", "wgmma_n128m256_x2", "wgmma_n256m192_w2",
-    "cutlass_128x128_c12_w1m", "cutlass_256x128_c21_w4n", "cutlass_128x128_pingpong_c12_w1m",
-    "cutlass_128x64_streamk_c11_s2m",
+    "cutlass_128x128_c12_w1m", "cutlass_256x128_c12_w1n", "cutlass_128x128_pingpong_c12_w1m",
+    "cutlass_128x64_streamk_c11_w1m",
 )  # fmt: skip
 
 
@@ -33,15 +33,37 @@ def cells(fit, constants):
 def test_a_name_says_what_the_tile_is(fit):
     decode, wgmma, cutlass, pingpong, stream_k = range(5)
     assert fit.parse("decode_r4k2u6_s8") == fit.Tile(decode, 64, 16, split=8)
-    assert fit.parse("wgmma_n128m64_s2_x2_w4_o2") == fit.Tile(wgmma, 128, 64, 2, 2, 2, 4)
-    assert fit.parse("cutlass_256x128_c21_w4n") == fit.Tile(cutlass, 256, 128, share_x=2, rows_first=True)
+    assert fit.parse("wgmma_n128m64_s2_o2") == fit.Tile(wgmma, 128, 64, split=2, per_sm=2)
+    assert fit.parse("wgmma_n128m64_x2_w4") == fit.Tile(
+        wgmma, 128, 64, share_x=2, share_w=4, divides_rest=True
+    )
+    assert fit.parse("cutlass_256x128_c12_w1n") == fit.Tile(cutlass, 256, 128, share_w=2, rows_first=True)
     assert fit.parse("cutlass_128x128_pingpong_c12_w2m") == fit.Tile(pingpong, 128, 128, share_w=2)
-    assert fit.parse("cutlass_128x64_streamk_c11_s4m") == fit.Tile(stream_k, 128, 64, 4, stream_k=True)
+    assert fit.parse("cutlass_128x64_streamk_c11_w1m") == fit.Tile(stream_k, 128, 64, stream_k=True)
     assert fit.parse("reference") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "clusters", "waves"),
+    [
+        ("wgmma_n128m128", 133, 2),
+        ("wgmma_n64m64_s2_o2", 132, 1),
+        ("wgmma_n64m64_s4_o2", 60, 1),  # as many clusters of 4 fit
+        ("wgmma_n64m64_s4_o2", 61, 2),
+        ("wgmma_n128m128_x2", 66 + 33, 1.5),  # what is left, one tile for each cluster, is split
+        ("wgmma_n128m128_x2", 66 + 34, 2),
+        ("wgmma_n128m128_x2", 30, 1),
+        ("cutlass_256x128_c12_w1m", 66 + 1, 2),
+        ("cutlass_128x64_streamk_c11_w1m", 198, 1.5),
+    ],
+)
+def test_waves_are_whole_but_where_tiles_are_divided(fit, name, clusters, waves):
+    assert fit.waves(fit.parse(name), clusters, steps=32) == pytest.approx(waves)
 
 
 def test_a_better_choice_has_the_lower_loss_and_the_fit_finds_it(fit, monkeypatch):
     monkeypatch.setattr(fit, "STEPS", 1500)
+    monkeypatch.setattr(fit, "SEARCHES", 1)
     start = fit.np.array(list(fit.MODELS.values()), dtype=float)
     truth = start * fit.np.array([[1.5, 0.7, 1.3, 2.0, 0.5]])
     data = fit.timed(cells(fit, truth))

@@ -158,6 +158,23 @@ def test_packed_model_is_the_pruned_model(permuted_model) -> None:
         assert (layer.permutation is None) == folded, name
 
 
+def test_sites_that_stay_dense_are_one_gemm_too(permuted_model) -> None:
+    model, orders = permuted_model
+    ids = torch.randint(0, 96, (2, 9))
+    expected = model(ids).logits
+    dense = {"model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"}
+    pack_model(model, orders, set(orders) - dense, "cpu")
+    found = model(ids).logits
+    assert (found - expected).norm() / expected.norm() < 1e-2  # bf16: sums in another order
+    shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert shapes == {
+        "model.layers.0.self_attn.q_proj.merged.gemm": (256, 128),
+        "model.layers.1.mlp.gate_proj.merged.gemm": (512, 128),
+        "model.layers.1.mlp.down_proj": (128, 256),
+        "lm_head": (96, 128),
+    }
+
+
 def test_merging_dense_layers_changes_nothing(permuted_model) -> None:
     model, _ = permuted_model
     model = model.float()

@@ -85,10 +85,14 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Ca
 
 @pytest.fixture
 def make_recipe(sample_text: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """`make_recipe(model, **prune)`: a recipe with little calibration text and the given prune section."""
+    """`make_recipe(model, **prune)`: a recipe with little calibration text and the given prune section.
+
+    Permutations are chosen by the scores alone, and fold where they can, but for tests that say otherwise.
+    """
 
     def make(model: Path, **prune: object) -> Recipe:
         section = {"permute": {"local": {"block": 16}}, "device": "cpu"} | prune
+        section["permute"] = {"refine": None, "attention": "fold"} | section["permute"]
         text = {"text": {"path": str(sample_text)}, "samples": 5, "length": 40, "batch_size": 2}
         data = {"name": "test", "model": {"path": str(model)}, "calibration": text, "prune": section}
         return parse_recipe(data, base=tmp_path)

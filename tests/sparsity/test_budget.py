@@ -18,7 +18,8 @@ from esparse_trt.sparsity.speed import site_times
 
 
 def section(**changes):
-    return PruneSection.model_validate({"permute": {"local": {"block": 16}}, "device": "cpu"} | changes)
+    permute = {"local": {"block": 16}, "refine": None, "attention": "fold"}
+    return PruneSection.model_validate({"permute": permute, "device": "cpu"} | changes)
 
 
 def cost(site, nats, parameters=100, finer=None):

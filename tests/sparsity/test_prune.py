@@ -174,7 +174,8 @@ def test_later_blocks_see_what_pruned_blocks_put_out(pattern, make_model, window
 
 
 def test_layers_of_one_site_share_a_permutation(make_model, windows):
-    permutations = prune_model(make_model("llama"), windows, section()).permutations
+    folded = section(permute={"attention": "fold"})
+    permutations = prune_model(make_model("llama"), windows, folded).permutations
     for index in range(2):
         q, k, v, o, gate, up, down = (
             permutations[f"model.layers.{index}.{name}"]
