@@ -90,11 +90,18 @@ def test_the_tables_are_what_was_measured(model: str):
     assert table is not None and markdown(table) in README
 
 
-def test_the_end_to_end_tables_are_what_was_measured():
-    bench = load_bench(ROOT / "tests/benchmarks/results/llama-7b-h100.json")
+@pytest.mark.parametrize("shape", ["llama-7b", "llama-3-8b", "llama-13b"])
+def test_the_end_to_end_tables_are_what_was_measured(shape: str):
+    bench = load_bench(ROOT / f"tests/benchmarks/results/{shape}-h100.json")
     assert bench is not None
     for table in (bench_text.end_to_end(bench), bench_text.predictions(bench)):
         assert table.split("\n\n")[-1].strip() in README
+
+
+def test_the_gains_of_the_kernels_are_what_was_measured():
+    page = (ROOT / "plugins/bench/results/h100_fp16.md").read_text()
+    (summary,) = re.findall(r"^\| M \| shapes \|.*?(?=\n\n)", page, re.M | re.S)
+    assert summary in README
 
 
 def test_every_link_points_at_a_file():

@@ -25,8 +25,8 @@ from esparse_trt.sections import EngineSection, PruneSection, Traffic
 from esparse_trt.sparsity.models import family_of
 
 SHOWN = (1, 8, 16, 64, 256, 1024, 4096)  # values of M in the table of layers
-# The PyTorch runtime launches our kernels, and those before them, programmatically. Gains are a little more than
-# so estimated, as norms and activations hide behind the weights' arrival (tests/benchmarks/fit_estimate.py).
+# The PyTorch runtime launches our kernels, and those before them, programmatically. Gains are a little more
+# than so estimated, as norms hide behind the weights' arrival (tests/benchmarks/fit_estimate.py).
 LAUNCH: Launch = "programmatic"
 
 
