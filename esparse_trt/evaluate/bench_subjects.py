@@ -25,14 +25,14 @@ from esparse_trt.runtime.shapes import config_of
 from esparse_trt.sections import PruneSection
 
 
-def bench_shape(shape: str, grid: Grid, dtype: str, path: Path) -> Bench:
-    """Measure a shape with random weights into the record at `path`.
+def bench_shape(shape: str, grid: Grid, dtype: str, path: Path, *, permuted: bool = False) -> Bench:
+    """Measure a shape with random weights, in their order or permuted, into the record at `path`.
 
     Raises:
         EsparseError: no such shape, or whatever `bench.run` raises.
     """
     config = config_of(shape)
-    subject = ShapeSubject(shape, dtype, f"esparse-trt bench --shape {shape}")
+    subject = ShapeSubject(shape, dtype, permuted)
     return _with_predictions(run(subject, grid, path), config, PruneSection(), path)
 
 
@@ -72,20 +72,34 @@ def _with_predictions(bench: Bench, config: PretrainedConfig, prune: PruneSectio
 
 @dataclass
 class ShapeSubject:
-    """A shape of `runtime.shapes` with random weights, 2:4 in all linear layers but the head."""
+    """A shape of `runtime.shapes` with random weights, 2:4 in all linear layers but the head.
+
+    Attributes:
+        permuted: 2:4 under permutations, each site under its own.
+    """
 
     name: str
     dtype: str
-    command: str
-    weights: str = "random"
+    permuted: bool
     reasons: dict[str, str] = field(default_factory=lambda: {"lm_head": "the head is not pruned"})
 
     _model: PreTrainedModel | None = None
 
+    @property
+    def command(self) -> str:
+        """What measures it."""
+        return f"esparse-trt bench --shape {self.name}{' --permuted' if self.permuted else ''}"
+
+    @property
+    def weights(self) -> str:
+        """For people."""
+        return "random, permuted" if self.permuted else "random"
+
     def sparse(self) -> PreTrainedModel:
         """Random 2:4 weights, packed; the dense models are made with it."""
         self._model = measuring.random_model(config_of(self.name), getattr(torch, self.dtype))
-        twin = measuring.packed_twin(self._model)
+        orders = measuring.shuffle_channels(self._model) if self.permuted else {}
+        twin = measuring.packed_twin(self._model, orders)
         measuring.make_peer(self._model)
         return twin
 

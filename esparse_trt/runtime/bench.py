@@ -62,10 +62,34 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device: str = "cuda") 
     return model
 
 
-def packed_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a masked model with packed layers."""
+@torch.no_grad()
+def shuffle_channels(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Permute the input channels of a masked model's layers, in place, those of a site alike.
+
+    Returns:
+        layer -> int64 [K], the permutation under which its weight is 2:4, as a build has it.
+    """
+    family, orders = family_of(model.config), {}
+    blocks: Any = model.get_submodule(family.blocks)
+    for index, block in enumerate(blocks):
+        for site in family.sites:
+            order = torch.randperm(linear(block, site.linears[0]).in_features)
+            for path in site.linears:
+                weight = linear(block, path).weight
+                weight[:, order.to(weight.device)] = weight.clone()
+                orders[f"{family.blocks}.{index}.{path}"] = order
+    return orders
+
+
+def packed_twin(model: PreTrainedModel, orders: dict[str, Tensor]) -> PreTrainedModel:
+    """A copy of a masked model with packed layers.
+
+    Args:
+        model: 2:4, layers in `orders` under their permutation.
+        orders: as `shuffle_channels` returns them.
+    """
     twin = copy.deepcopy(model)
-    pack_model(twin, {}, set(_block_linears(twin)), twin.device)
+    pack_model(twin, orders, set(_block_linears(twin)), twin.device)
     compile_layers(twin)
     return twin
 

@@ -118,6 +118,22 @@ def test_random_model_is_2_4_with_quiet_residual_branches() -> None:
     assert block.mlp.down_proj.weight.std().item() == pytest.approx(loudness, rel=0.05)
 
 
+def test_shuffled_channels_are_read_through_permutations() -> None:
+    torch.manual_seed(0)
+    model = bench.random_model(CONFIG, torch.bfloat16, "cpu")
+    orders = bench.shuffle_channels(model)
+    query = "model.layers.0.self_attn.q_proj"
+    assert orders[query] is orders["model.layers.0.self_attn.v_proj"]
+    weight = model.get_submodule(query).weight
+    assert torch.equal(weight[:, orders[query]] != 0, nm_mask(weight[:, orders[query]].abs(), Pattern(2, 4)))
+    twin = bench.packed_twin(model, orders)
+    found = {layer.site: layer.permuted for layer in layers_of(twin, {})}
+    assert found == {"qkv": True, "o": True, "gate_up": True, "down": False, "lm_head": False}
+    ids = torch.randint(0, 96, (2, 9))
+    expected = model(ids).logits
+    assert (twin(ids).logits - expected).norm() / expected.norm() < 1e-2  # bf16
+
+
 def test_shared_weights_are_counted_once() -> None:
     a, b = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 4, bias=False)
     b.weight = a.weight
