@@ -90,6 +90,15 @@ def test_the_tables_are_what_was_measured(model: str):
     assert table is not None and markdown(table) in README
 
 
+def test_the_page_of_results_has_every_table():
+    folder = ROOT / "recipes" / "results"
+    page = (folder / "README.md").read_text()
+    for path in folder.glob("ablation-*.json"):
+        table = load_ablation(path)
+        assert table is not None and markdown(table).strip() in page, path
+        assert f"({path.name})" in page
+
+
 @pytest.mark.parametrize("shape", ["llama-7b", "llama-3-8b", "llama-13b"])
 def test_the_end_to_end_tables_are_what_was_measured(shape: str):
     bench = load_bench(ROOT / f"tests/benchmarks/results/{shape}-h100.json")
