@@ -160,9 +160,13 @@ class BuildSubject:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """As the prune stage says."""
+        """Of layers that are not 2:4, as the prune stage says."""
         layers = self.manifest.record("prune", PruneRecord).layers
-        return {layer.name: layer.reason for layer in layers if layer.reason}
+        return {
+            layer.name: layer.reason or f"{layer.pattern} has no packed form"
+            for layer in layers
+            if layer.pattern != "2:4"
+        }
 
     def sparse(self) -> PreTrainedModel:
         """The checkpoint, packed."""

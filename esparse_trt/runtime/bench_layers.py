@@ -32,7 +32,7 @@ BUDGET_US, WARM_US = 10_000.0, 5_000.0
 
 @dataclass(frozen=True)
 class Layer:
-    """What the GEMMs of one row of the table have in common; `dense_reason`: why they are not packed."""
+    """What the GEMMs of one row of the table have in common; `dense_reason`: why their weights are not 2:4."""
 
     site: str
     n: int
@@ -79,7 +79,10 @@ def layers_of(model: PreTrainedModel, reasons: Mapping[str, str]) -> dict[Layer,
 def measure_layers(
     layers: Mapping[Layer, int], tokens: Sequence[int], dtype: str, ceilings: Ceilings
 ) -> list[LayerBench]:
-    """Time the GEMMs at these numbers of tokens, on random weights, by plain launches in CUDA graphs."""
+    """Time the GEMMs at these numbers of tokens, on random weights, in CUDA graphs of dependent launches.
+
+    Ours are launched programmatically, as in the model.
+    """
     kernels = library.load()
     rows = []
     with torch.cuda.stream(timing.stream()):
@@ -103,7 +106,9 @@ def why(layer: Layer, dtype: str, times: Sequence[LayerTime]) -> tuple[Reason, s
     if not layer.sparse:
         if reason := not_eligible(layer, dtype):
             return Reason.not_eligible_shape, reason
-        return Reason.not_selected, layer.dense_reason or "dense in the pruned model"
+        if layer.dense_reason:
+            return Reason.not_selected, layer.dense_reason
+        return Reason.dense_faster, "2:4, but the recipe or the tuning table keeps it dense"
     slower = [str(time.m) for time in times if time.speedup < 1]
     if not times:
         return Reason.not_measured, "no kernel was timed"
@@ -153,7 +158,7 @@ def _sparse_replay(kernels: Kernels, operands: Operands, problem: Problem, candi
         if (copy, turn) not in gemms:
             x, y = operands.at(turn, problem.m)
             gemms[copy, turn] = kernels.bind(x, *operands.sparse[copy], y, permutation=order)
-        gemms[copy, turn].run(candidate, workspace)
+        gemms[copy, turn].run(candidate, workspace, programmatic=True)
 
     return operands.replay(problem.m, launch, len(operands.sparse), graph_us=timing.GRAPH_US)
 

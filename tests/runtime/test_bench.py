@@ -185,7 +185,11 @@ def test_reason_of_a_sparse_layer(speedups, code, text) -> None:
 
 def test_what_the_layout_cannot_hold_says_so() -> None:
     assert why(layer(4096, 40, sparse=False), "float16", [])[0] == Reason.not_eligible_shape
-    assert why(layer(sparse=False), "float16", [])[0] == Reason.not_selected
+
+
+def test_a_2_4_layer_that_runs_dense_was_chosen_to() -> None:
+    code, reason = why(layer(sparse=False), "float16", [])
+    assert code == Reason.dense_faster and reason.startswith("2:4, but")
 
 
 def test_floor_is_memory_for_one_token_and_arithmetic_for_many() -> None:
