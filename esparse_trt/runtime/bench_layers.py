@@ -32,7 +32,7 @@ BUDGET_US, WARM_US = 10_000.0, 5_000.0
 
 @dataclass(frozen=True)
 class Layer:
-    """What the GEMMs of one row of the table have in common; `dense_reason`: why their weights are not 2:4."""
+    """What GEMMs of one row of the table have in common; `dense_reason`: why their weights are not 2:4."""
 
     site: str
     n: int
