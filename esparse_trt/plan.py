@@ -5,7 +5,8 @@ part for Python with its libraries, plus what each stage holds:
 
     prune    one decoder block in fp32 with its scores (about 6 copies of it), and the hidden states of the
              whole calibration text, samples · length · hidden · 4 bytes, read and written; those of the
-             dense model too where they are needed; to distill, five copies of the model in fp32
+             dense model too where they are needed; for weight updates and `permute.refine` six matrices
+             K x K of the widest layer; to distill, five copies of the model in fp32
     export   a few copies of the largest tensor: weights are streamed
     fold     the same, once in float64: the proof runs the graph in small parts
     pack     the same
@@ -107,11 +108,14 @@ def _sizes(recipe: Recipe, parameters: int) -> dict[str, float]:
 
 def _memory(recipe: Recipe, model: nn.Module, config: PretrainedConfig, parameters: int) -> dict[str, float]:
     """Peak host memory of each stage in bytes; see the module docstring."""
-    block = sum(p.numel() for p in model.get_submodule(family_of(config).blocks)[0].parameters())  # type: ignore[index]
+    first: nn.Module = model.get_submodule(family_of(config).blocks)[0]  # type: ignore[index]
+    block = sum(p.numel() for p in first.parameters())
     largest = max(p.numel() for p in model.parameters())
     hidden = recipe.calibration.samples * recipe.calibration.length * config.hidden_size
     recover = recipe.prune.recover
-    prune = 6 * 4 * block + (4 if recipe.prune.follows_dense else 2) * 4 * hidden
+    widest = max(m.in_features for m in first.modules() if isinstance(m, nn.Linear))
+    square = widest**2 if recipe.prune.update.method == "obs" or recipe.prune.refine else 0
+    prune = 6 * 4 * block + (4 if recipe.prune.follows_dense else 2) * 4 * hidden + 6 * 4 * square
     if recover and recover.distill:
         prune = max(prune, 5 * 4 * parameters)
     runtime = parameters * (_width(recipe) + (4 if _width(recipe) == 2 else 0))
