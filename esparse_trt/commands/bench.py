@@ -53,16 +53,10 @@ def bench(
     what is missing. The build's report shows it.
     """
     with reported(json_logs):
-        from esparse_trt.evaluate import bench_text
-        from esparse_trt.evaluate.bench_record import load_bench
-
         if show:
-            for path in show:
-                found = load_bench(path)
-                if found is None:
-                    raise EsparseError("there is no such file", where=path, fix="name a record of `bench`")
-                print(bench_text.markdown(found))
+            _show(show)
             return
+        from esparse_trt.evaluate import bench_text
         from esparse_trt.evaluate.bench_grid import Grid, parse_numbers
         from esparse_trt.evaluate.bench_subjects import bench_build, bench_shape
 
@@ -88,4 +82,15 @@ def bench(
 
             found = bench_build(folder, grid, dtype.value, out or folder / "bench.json")
             report_again(folder)
+        print(bench_text.markdown(found))
+
+
+def _show(paths: list[Path]) -> None:
+    from esparse_trt.evaluate import bench_text
+    from esparse_trt.evaluate.bench_record import load_bench
+
+    for path in paths:
+        found = load_bench(path)
+        if found is None:
+            raise EsparseError("there is no such file", where=path, fix="name a record of `bench`")
         print(bench_text.markdown(found))

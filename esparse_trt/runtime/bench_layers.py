@@ -56,21 +56,24 @@ def layers_of(model: PreTrainedModel, reasons: Mapping[str, str]) -> dict[Layer,
         reasons: linear layer -> why it was not pruned.
     """
     family = family_of(model.config)
-    sites = {path: site.name for site in family.sites for path in site.linears}
+    sites = {path: site for site in family.sites for path in site.linears}
     found: dict[Layer, int] = {}
     for name, module in model.named_modules():
         if not isinstance(module, SparseLinear | nn.Linear):
             continue
         path = next((path for path in sites if f".{path}." in f".{name}."), None)
         sparse = isinstance(module, SparseLinear)
+        members = [name]
+        if path and ".merged." in name:  # under the name of its first layer
+            members = [name.partition(path)[0] + other for other in sites[path].linears]
         layer = Layer(
-            sites[path] if path else name,
+            sites[path].name if path else name,
             module.out_features,
             module.in_features,
             sparse,
             module.bias is not None,
             sparse and module.permutation is not None,
-            None if sparse else reasons.get(name.partition(".merged.")[0]),
+            None if sparse else next((reasons[member] for member in members if member in reasons), None),
         )
         found[layer] = found.get(layer, 0) + 1
     return found

@@ -103,6 +103,7 @@ class Shape:
         )  # fmt: skip
         fastest = _fastest(final)
         sparse = peers[fastest["cusparselt"]["key"]]
+        remembered = remembers(self.operands, m, sparse)
         floors = floor_us(m, self.operands.n, self.operands.k, ceilings)
         for size in set(padded) - set(PADDED):
             del self.searched[size]  # no other cell needs these copies of the weights
@@ -112,11 +113,7 @@ class Shape:
             "dtype": self.operands.dtype,
             "m": m,
             **fastest,
-            "cusparselt": {
-                **fastest["cusparselt"],
-                **sparse.searched,
-                "remembers_weights": remembers(self.operands, m, sparse),
-            },
+            "cusparselt": {**fastest["cusparselt"], **sparse.searched, "remembers_weights": remembered},
             "floor_us": max(floors.values()),
             "bound": max(floors, key=lambda name: floors[name]),
             "read_us": floors["memory"],

@@ -157,6 +157,14 @@ def test_layers_are_found_by_site_with_their_number(pair) -> None:
     assert why(head, "bfloat16", []) == (Reason.not_selected, "excluded by the recipe")
 
 
+def test_a_site_stays_dense_for_the_reason_of_any_of_its_layers(pair) -> None:
+    key = "model.layers.1.self_attn.k_proj"
+    found = layers_of(pair["dense"], {key: "it is the most sensitive"})
+    reasons = [(layer.site, layer.dense_reason, count) for layer, count in found.items()]
+    assert reasons[0] == ("qkv", None, 1)
+    assert ("qkv", "it is the most sensitive", 1) in reasons
+
+
 def layer(n: int = 4096, k: int = 4096, *, sparse: bool = True) -> Layer:
     return Layer("o", n, k, sparse, bias=False, permuted=False, dense_reason=None)
 
