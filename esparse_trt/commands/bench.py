@@ -22,7 +22,6 @@ class HalfType(str, Enum):
 @app.command(
     epilog="Examples:\n\n  esparse-trt bench build/quickstart\n\n"
     "  esparse-trt bench --shape llama-7b --batch 1,16 --prompt 512,4096\n\n"
-    "  esparse-trt bench --shape llama-7b --permuted --batch 1 --prompt 512\n\n"
     "  esparse-trt bench --show build/quickstart/bench.json"
 )
 def bench(
@@ -30,9 +29,6 @@ def bench(
     shape: Annotated[
         str | None, typer.Option(help="Instead of a build: a model shape, random weights (llama-7b, ...)")
     ] = None,
-    permuted: Annotated[
-        bool, typer.Option("--permuted", help="With --shape: channels permuted, as most builds have them")
-    ] = False,
     batch: Annotated[str, typer.Option(help="Numbers of sequences")] = "1,4,16,64",
     prompt: Annotated[str, typer.Option(help="Tokens of each prompt")] = "128,512,2048,8192",
     generated: Annotated[int, typer.Option(min=8, max=4096, help="Tokens generated after a prompt")] = 128,
@@ -62,20 +58,13 @@ def bench(
 
         if (folder is None) == (shape is None):
             raise EsparseError("what to measure?", fix="give the folder of a build, or --shape llama-7b")
-        if permuted and shape is None:
-            raise EsparseError(
-                "--permuted is for --shape", fix="leave it out: a build has its own permutations"
-            )
         grid = Grid(
             parse_numbers(batch, "--batch", 1, 1024),
             parse_numbers(prompt, "--prompt", 1, 1 << 20),
             generated,
         )
         if shape is not None:
-            name = f"{shape}-permuted.json" if permuted else f"{shape}.json"
-            found = bench_shape(
-                shape, grid, dtype.value, out or Path("build/bench") / name, permuted=permuted
-            )
+            found = bench_shape(shape, grid, dtype.value, out or Path("build/bench") / f"{shape}.json")
         else:
             assert folder is not None
             from esparse_trt.evaluate.report import report_again

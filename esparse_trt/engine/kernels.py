@@ -23,6 +23,7 @@ from esparse_trt.engine.libraries import BUILD, KERNELS, find_library
 from esparse_trt.errors import EsparseError
 
 DTYPES = ("float16", "bfloat16")  # in the order of the C enumeration
+ACTIVATIONS = (None, "swiglu", "geglu")  # the same
 _SUCCESS = 0
 _SOMEWHERE = 256  # an aligned address that stands for a tensor where none is read
 
@@ -36,7 +37,10 @@ class Gpu(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """y[m, n] = x[m, k] W[n, k]^T, with or without a bias and a permutation of x's channels."""
+    """y[m, n] = x[m, k] W[n, k]^T, with or without a bias and a permutation of x's channels.
+
+    With an activation, one of `ACTIVATIONS`, W holds gate and up in turn, 8 rows of each, and y is [m, n/2].
+    """
 
     m: int
     n: int
@@ -44,6 +48,12 @@ class Problem:
     dtype: str = "float16"
     bias: bool = False
     permutation: bool = False
+    activation: str | None = None
+
+    @property
+    def columns(self) -> int:
+        """Of y."""
+        return self.n // 2 if self.activation else self.n
 
 
 # --- the C structures ----------------------------------------------------------------------------------
@@ -55,6 +65,7 @@ class _Gemm(ctypes.Structure):
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("dtype", ctypes.c_int),
+        ("activation", ctypes.c_int),
         ("x", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("metadata", ctypes.c_void_p),
@@ -88,6 +99,7 @@ def _shape_only(problem: Problem) -> _Gemm:
         problem.n,
         problem.k,
         _dtype_number(problem.dtype),
+        _activation_number(problem.activation),
         _SOMEWHERE,
         _SOMEWHERE,
         _SOMEWHERE,
@@ -103,6 +115,15 @@ def _dtype_number(dtype: str) -> int:
             f"the Sparse-GEMM kernels take {' and '.join(DTYPES)}, not {dtype}", fix="export in float16"
         )
     return DTYPES.index(dtype)
+
+
+def _activation_number(activation: str | None) -> int:
+    if activation not in ACTIVATIONS:
+        known = ", ".join(map(str, ACTIVATIONS))
+        raise EsparseError(
+            f"the Sparse-GEMM kernels know no activation {activation!r}", fix=f"use one of {known}"
+        )
+    return ACTIVATIONS.index(activation)
 
 
 # --- the library ---------------------------------------------------------------------------------------
@@ -177,6 +198,7 @@ class Kernels:
         *,
         bias: Tensor | None = None,
         permutation: Tensor | None = None,
+        activation: str | None = None,
     ) -> Gemm:
         """A GEMM on these tensors, to be run by any candidate, any number of times.
 
@@ -184,28 +206,30 @@ class Kernels:
             x: `[M, K]`, fp16 or bf16 like values, bias and y.
             values: `[N, K/2]`.
             metadata: int32, of any shape with the layout's number of words.
-            y: `[M, N]`, written.
+            y: `[M, N]`, written; `[M, N/2]` with an activation.
             bias: `[N]`.
             permutation: int32 `[K]`: column j of W reads `x[:, permutation[j]]`.
+            activation: one of `ACTIVATIONS`.
 
         Raises:
             EsparseError: a tensor of the wrong shape, type or device, or one that is not contiguous.
         """
         (m, k), n = x.shape, values.shape[0]
         dtype = str(x.dtype).removeprefix("torch.")
+        problem = Problem(m, n, k, dtype, bias is not None, permutation is not None, activation)
         words = self._lib.esparse_metadata_words(n, k)
         _require("x", x, (m, k), x.dtype, x.device)
         _require("values", values, (n, k // 2), x.dtype, x.device)
         _require("metadata", metadata.view(-1), (words,), torch.int32, x.device)
-        _require("y", y, (m, n), x.dtype, x.device)
+        _require("y", y, (m, problem.columns), x.dtype, x.device)
         if bias is not None:
             _require("bias", bias, (n,), x.dtype, x.device)
         if permutation is not None:
             _require("permutation", permutation, (k,), torch.int32, x.device)
         tensors = (x, values, metadata, bias, permutation, y)
         addresses = (tensor.data_ptr() if tensor is not None else None for tensor in tensors)
-        problem = Problem(m, n, k, dtype, bias is not None, permutation is not None)
-        return Gemm(self, problem, _Gemm(m, n, k, _dtype_number(dtype), *addresses), tensors)
+        numbers = _dtype_number(dtype), _activation_number(activation)
+        return Gemm(self, problem, _Gemm(m, n, k, *numbers, *addresses), tensors)
 
     def workspace(self, problem: Problem, candidate: str) -> Tensor | None:
         """Scratch memory for the candidate on torch's current device; None where it needs none."""

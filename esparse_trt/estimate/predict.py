@@ -17,7 +17,7 @@ from esparse_trt.errors import EsparseError
 from esparse_trt.estimate.findings import findings
 from esparse_trt.estimate.gpus import Gpu, gpu_of_device
 from esparse_trt.estimate.record import CellEstimate, Estimate, GemmTime, SiteEstimate, Sizes
-from esparse_trt.estimate.steps import WIDTH, Dimensions, Model
+from esparse_trt.estimate.steps import WIDTH, Dimensions, Model, Packed
 from esparse_trt.estimate.times import Times
 from esparse_trt.layout import Gemm, empty_model, gemms, selected_linears
 from esparse_trt.records import Kernel, Reason
@@ -25,8 +25,7 @@ from esparse_trt.sections import EngineSection, PruneSection, Traffic
 from esparse_trt.sparsity.models import family_of
 
 SHOWN = (1, 8, 16, 64, 256, 1024, 4096)  # values of M in the table of layers
-# The PyTorch runtime launches our kernels, and those before them, programmatically. Gains are a little more
-# than so estimated, as norms hide behind the weights' arrival (tests/benchmarks/fit_estimate.py).
+# The PyTorch runtime launches our kernels, and those before them, programmatically.
 LAUNCH: Launch = "programmatic"
 
 
@@ -118,7 +117,8 @@ def decoder(config: PretrainedConfig, chosen: Sequence[tuple[Gemm, bool]], times
     blocks = {gemm.layers[0].removeprefix(f"{family.blocks}.").partition(".")[0] for gemm, _ in inside}
     mlp = next(site.name for site in family.sites if site.reads == "mlp")
     inner = next(gemm.shape[1] for gemm, _ in inside if gemm.site == mlp)
-    return Model(Dimensions.of(config, len(blocks), inner), inside, head, times)
+    packed = Packed.of(inside, len(blocks), family)
+    return Model(Dimensions.of(config, len(blocks), inner), inside, head, packed, times)
 
 
 # --- layers ------------------------------------------------------------------------------------------------

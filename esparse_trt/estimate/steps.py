@@ -8,15 +8,19 @@ and V channels of queries and of keys (= of values), H of the residual stream an
     head        t(vocabulary, H, B), dense: of every prompt only the last position is asked for
     attention   decode:  2 V · C · B · 2 bytes a block, read at `attention_bandwidth` of the GPU's bandwidth
                 prefill: 4 Q · S² / 2 · B operations a block (causal), at `attention_tensor` of its dense peak
-    other       `step_us` + L · max(`block_us`, activations): the small kernels of a block are bound by their
-                launches and latency where there are few tokens, by memory where there are many. Activations
-                are 2 bytes · M · (2 norms with residual add: 8 H; rotary embedding and cache: 2 Q + 4 V;
-                gated activation: 3 I), at `activation_bandwidth` of the bandwidth
+    other       `step_us` + L · max(`block_us` − P · `overlap_us`, activations): the small kernels of a block
+                are bound by their launches and latency where there are few tokens, by memory where there are
+                many. Each of a block's P packed GEMMs is launched programmatically and hides `overlap_us` of
+                them behind the arrival of its weights. Activations are 2 bytes · M · (2 norms with residual
+                add: 8 H; rotary embedding and cache: 2 Q + 4 V; gated activation: 3 I, none if gate and up
+                are a packed GEMM, which applies it to its sums; the order in which a packed GEMM reads the
+                output of attention: 2 Q), at `activation_bandwidth` of the bandwidth
 
-Biases and permutations cost nothing: they are part of the GEMMs. Embedding, final norm and sampling are in
-`step_us`. Nothing overlaps. Of the constants (`RUNTIME`) `block_us` and `attention_bandwidth` were fitted to
-the dense models that `esparse-trt bench` measured on an H100, by tests/benchmarks/fit_estimate.py; the others
-were read from a profile of LLaMA-7B there. All are taken to be the same on other GPUs.
+Biases and other permutations cost nothing: they are part of the GEMMs, and of the norms before them.
+Embedding, final norm and sampling are in `step_us`. Nothing else overlaps. Of the constants (`RUNTIME`)
+tests/benchmarks/fit_estimate.py fitted `block_us` and `attention_bandwidth` to the dense models that
+`esparse-trt bench` measured on an H100, and `overlap_us` to the decoding of one sparse one, LLaMA-7B; the
+others were read from a profile of it. All are taken to be the same on other GPUs.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from esparse_trt.estimate.record import CellEstimate, Phase, Step
 from esparse_trt.estimate.times import Times
 from esparse_trt.layout import Gemm
 from esparse_trt.sections import Traffic
-from esparse_trt.sparsity.models import family_of, heads_of
+from esparse_trt.sparsity.models import Family, family_of, heads_of
 
 WIDTH = 2  # bytes of fp16 and bf16
 
@@ -41,6 +45,7 @@ class Runtime:
     """What is not a GEMM; see the module's description."""
 
     block_us: float
+    overlap_us: float
     step_us: float
     attention_bandwidth: float
     attention_tensor: float
@@ -48,8 +53,33 @@ class Runtime:
 
 
 RUNTIME = Runtime(
-    block_us=22.8, step_us=37.0, attention_bandwidth=0.846, attention_tensor=0.42, activation_bandwidth=0.85
-)
+    block_us=22.8, overlap_us=2.3, step_us=37.0, attention_bandwidth=0.846, attention_tensor=0.42,
+    activation_bandwidth=0.85,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How many of a block's GEMMs are packed, in the mean over the blocks.
+
+    Attributes:
+        gemms: all of them.
+        gated: those of gate and up that apply the activation.
+        attended: those that read the output of attention.
+    """
+
+    gemms: float = 0.0
+    gated: float = 0.0
+    attended: float = 0.0
+
+    @classmethod
+    def of(cls, gemms: Sequence[tuple[Gemm, bool]], blocks: int, family: Family) -> Packed:
+        """Of all blocks' GEMMs, each with whether it runs sparse."""
+        gated = {site.name for site in family.sites if site.activation}
+        attended = {site.name for site in family.sites if site.reads == "attention"}
+        sites = [gemm.site for gemm, sparse in gemms if sparse]
+        counts = (sum(site in group for site in sites) for group in (sites, gated, attended))
+        return cls(*(count / blocks for count in counts))
 
 
 @dataclass(frozen=True)
@@ -81,6 +111,7 @@ class Model:
         dimensions: of the decoder.
         gemms: of all blocks, each with whether it runs sparse.
         head: [N, K] and whether it runs sparse.
+        packed: what of a block is packed.
         times: of GEMMs.
         runtime: what is not a GEMM.
     """
@@ -90,11 +121,12 @@ class Model:
         dimensions: Dimensions,
         gemms: Sequence[tuple[Gemm, bool]],
         head: tuple[Gemm, bool],
+        packed: Packed,
         times: Times,
         runtime: Runtime = RUNTIME,
     ) -> None:
         self.dimensions, self.times, self.runtime = dimensions, times, runtime
-        self._head = head
+        self._head, self._packed = head, packed
         self._counts: dict[tuple[tuple[int, int], bool], int] = {}
         for gemm, sparse in gemms:
             key = gemm.shape, sparse
@@ -128,8 +160,8 @@ class Model:
 
     def _phase(self, m: int, batch: int, attention_us: float) -> Phase:
         return Phase(
-            dense=self._step(m, batch, attention_us, lambda shape, m, sparse: self._dense_us(shape, m)),
-            sparse=self._step(m, batch, attention_us, self._chosen_us),
+            dense=self._step(m, batch, attention_us, Packed(), lambda shape, m, _: self._dense_us(shape, m)),
+            sparse=self._step(m, batch, attention_us, self._packed, self._chosen_us),
         )
 
     def _step(
@@ -137,6 +169,7 @@ class Model:
         m: int,
         batch: int,
         attention_us: float,
+        packed: Packed,
         gemm_us: Callable[[tuple[int, int], int, bool], float],
     ) -> Step:
         """Milliseconds; `gemm_us` takes a shape, M and whether the layer runs sparse in the sparse model."""
@@ -146,7 +179,7 @@ class Model:
             gemm=gemms / 1e3,
             head=gemm_us(head.shape, batch, head_sparse) / 1e3,
             attention=attention_us / 1e3,
-            other=self._other_us(m) / 1e3,
+            other=self._other_us(m, packed) / 1e3,
         )
 
     def _dense_us(self, shape: tuple[int, int], m: int) -> float:
@@ -164,8 +197,10 @@ class Model:
         operations = 2 * self.dimensions.queries * prompt**2 * batch * self.dimensions.blocks
         return 1e6 * operations / (self.runtime.attention_tensor * self.gpu.dense)
 
-    def _other_us(self, m: int) -> float:
-        size = self.dimensions
-        channels = 8 * size.hidden + 2 * size.queries + 4 * size.keys + 3 * size.inner
-        moved = WIDTH * m * channels / (self.runtime.activation_bandwidth * self.gpu.bandwidth)
-        return self.runtime.step_us + size.blocks * max(self.runtime.block_us, 1e6 * moved)
+    def _other_us(self, m: int, packed: Packed) -> float:
+        size, runtime = self.dimensions, self.runtime
+        channels: float = 8 * size.hidden + 2 * size.queries * (1 + packed.attended) + 4 * size.keys
+        channels += 3 * size.inner * (1 - packed.gated)
+        moved_us = 1e6 * WIDTH * m * channels / (runtime.activation_bandwidth * self.gpu.bandwidth)
+        launched_us = runtime.block_us - runtime.overlap_us * packed.gemms
+        return runtime.step_us + size.blocks * max(launched_us, moved_us)

@@ -104,7 +104,7 @@ def run(subject: Subject, grid: Grid, path: Path) -> Bench:
         del models, dense, sparse
         measuring.release()
         ceilings = bench.ceilings or measure_ceilings()
-        rows = measure_layers(layers, sorted(tokens), subject.dtype, ceilings)
+        rows = measure_layers(layers, sorted(tokens), grid.batches, subject.dtype, ceilings)
         bench = bench.model_copy(update={"ceilings": ceilings, "layers": rows})
         save_bench(bench, path)
     return bench

@@ -121,7 +121,7 @@ class LayerBench(Record):
     shape: tuple[int, int] = Field(description="[N, K]")
     count: int = Field(description="how many the model has")
     sparse: bool = Field(description="packed in the sparse model")
-    permuted: bool = Field(False, description="reads its input through a permutation")
+    permuted: bool = Field(False, description="reads its input through a permutation; o only at prompts")
     code: Reason
     reason: str = Field(description="why it runs as it does, and where dense is faster")
     times: list[LayerTime] = Field(description="packed and dense; empty where it cannot be packed")

@@ -25,15 +25,14 @@ from esparse_trt.runtime.shapes import config_of
 from esparse_trt.sections import PruneSection
 
 
-def bench_shape(shape: str, grid: Grid, dtype: str, path: Path, *, permuted: bool = False) -> Bench:
-    """Measure a shape with random weights, in their order or permuted, into the record at `path`.
+def bench_shape(shape: str, grid: Grid, dtype: str, path: Path) -> Bench:
+    """Measure a shape with random weights into the record at `path`.
 
     Raises:
         EsparseError: no such shape, or whatever `bench.run` raises.
     """
     config = config_of(shape)
-    subject = ShapeSubject(shape, dtype, permuted)
-    return _with_predictions(run(subject, grid, path), config, PruneSection(), path)
+    return _with_predictions(run(ShapeSubject(shape, dtype), grid, path), config, PruneSection(), path)
 
 
 def bench_build(folder: Path, grid: Grid, dtype: str, path: Path) -> Bench:
@@ -72,15 +71,12 @@ def _with_predictions(bench: Bench, config: PretrainedConfig, prune: PruneSectio
 
 @dataclass
 class ShapeSubject:
-    """A shape of `runtime.shapes` with random weights, 2:4 in all linear layers but the head.
-
-    Attributes:
-        permuted: 2:4 under permutations, each site under its own.
+    """A shape of `runtime.shapes` with random weights, all linear layers but the head 2:4, each site under a
+    permutation of its own, as in most builds.
     """
 
     name: str
     dtype: str
-    permuted: bool
     reasons: dict[str, str] = field(default_factory=lambda: {"lm_head": "the head is not pruned"})
 
     _model: PreTrainedModel | None = None
@@ -88,17 +84,17 @@ class ShapeSubject:
     @property
     def command(self) -> str:
         """What measures it."""
-        return f"esparse-trt bench --shape {self.name}{' --permuted' if self.permuted else ''}"
+        return f"esparse-trt bench --shape {self.name}"
 
     @property
     def weights(self) -> str:
         """For people."""
-        return "random, permuted" if self.permuted else "random"
+        return "random, permuted"
 
     def sparse(self) -> PreTrainedModel:
         """Random 2:4 weights, packed; the dense models are made with it."""
         self._model = measuring.random_model(config_of(self.name), getattr(torch, self.dtype))
-        orders = measuring.shuffle_channels(self._model) if self.permuted else {}
+        orders = measuring.shuffle_channels(self._model)
         twin = measuring.packed_twin(self._model, orders)
         measuring.make_peer(self._model)
         return twin

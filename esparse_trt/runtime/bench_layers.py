@@ -2,7 +2,8 @@
 
 Floors come from ceilings measured in the same process: a GEMM reads its weights and x and writes y, at the
 speed of a large sum; and it multiplies at twice the speed of a large dense product, which is what sparse
-tensor cores are sold for. The larger of the two is the floor.
+tensor cores are sold for. The larger of the two is the floor. The time of a sparse GEMM of gate and up has
+the activation in it, for which the dense model has a kernel of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from esparse_trt.progress import track
 from esparse_trt.records import Reason
 from esparse_trt.runtime import ops
 from esparse_trt.runtime.linear import SparseLinear
+from esparse_trt.runtime.norm import RmsNorm
 from esparse_trt.sparsity.models import family_of
 
 BUDGET_US, WARM_US = 10_000.0, 5_000.0
@@ -32,7 +34,14 @@ BUDGET_US, WARM_US = 10_000.0, 5_000.0
 
 @dataclass(frozen=True)
 class Layer:
-    """What GEMMs of one row of the table have in common; `dense_reason`: why their weights are not 2:4."""
+    """What GEMMs of one row of the table have in common.
+
+    Attributes:
+        permuted: the GEMM reads x through a permutation, as nobody wrote x in its order (`fuse`).
+        attended: x is the output of attention, which is in order where each sequence has one token.
+        activation: that the GEMM applies to gate and up.
+        dense_reason: why the weights are not 2:4.
+    """
 
     site: str
     n: int
@@ -41,6 +50,8 @@ class Layer:
     bias: bool
     permuted: bool
     dense_reason: str | None
+    attended: bool = False
+    activation: str | None = None
 
     @property
     def packed_bytes(self) -> int:
@@ -57,6 +68,7 @@ def layers_of(model: PreTrainedModel, reasons: Mapping[str, str]) -> dict[Layer,
     """
     family = family_of(model.config)
     sites = {path: site for site in family.sites for path in site.linears}
+    in_order = any(isinstance(module, RmsNorm) for module in model.modules())
     found: dict[Layer, int] = {}
     for name, module in model.named_modules():
         if not isinstance(module, SparseLinear | nn.Linear):
@@ -66,31 +78,43 @@ def layers_of(model: PreTrainedModel, reasons: Mapping[str, str]) -> dict[Layer,
         members = [name]
         if path and ".merged." in name:  # under the name of its first layer
             members = [name.partition(path)[0] + other for other in sites[path].linears]
+        reads = sites[path].reads if path else None
         layer = Layer(
             sites[path].name if path else name,
             module.out_features,
             module.in_features,
             sparse,
             module.bias is not None,
-            sparse and module.permutation is not None,
+            sparse and module.permutation is not None and not (in_order and reads == "residual"),
             None if sparse else next((reasons[member] for member in members if member in reasons), None),
+            reads == "attention" and model._supports_attention_backend,
+            module.activation if isinstance(module, SparseLinear) else None,
         )
         found[layer] = found.get(layer, 0) + 1
     return found
 
 
 def measure_layers(
-    layers: Mapping[Layer, int], tokens: Sequence[int], dtype: str, ceilings: Ceilings
+    layers: Mapping[Layer, int], tokens: Sequence[int], batches: Sequence[int], dtype: str, ceilings: Ceilings
 ) -> list[LayerBench]:
-    """Time the GEMMs at these numbers of tokens, on random weights, in CUDA graphs of dependent launches.
+    """Time the GEMMs on random weights in CUDA graphs of dependent launches, ours programmatic.
 
-    Ours are launched programmatically, as in the model.
+    Args:
+        layers: from `layers_of`.
+        tokens: numbers of them, of prompts and batches.
+        batches: those that are decoded, one token for each sequence.
+        dtype: of the model.
+        ceilings: of this GPU.
     """
     kernels = library.load()
     rows = []
     with torch.cuda.stream(timing.stream()):
         for layer, count in track(layers.items(), "layers", total=len(layers), unit="layer"):
-            times = [] if not_eligible(layer, dtype) else _times(kernels, layer, dtype, tokens, ceilings)
+            times = (
+                []
+                if not_eligible(layer, dtype)
+                else _times(kernels, layer, dtype, {m: m in batches for m in sorted(tokens)}, ceilings)
+            )
             rows.append(row(layer, count, dtype, times))
     return rows
 
@@ -132,12 +156,14 @@ def not_eligible(layer: Layer, dtype: str) -> str | None:
 
 
 def _times(
-    kernels: Kernels, layer: Layer, dtype: str, tokens: Sequence[int], ceilings: Ceilings
+    kernels: Kernels, layer: Layer, dtype: str, tokens: Mapping[int, bool], ceilings: Ceilings
 ) -> list[LayerTime]:
+    """Of one layer; `tokens` tells which are decoded."""
     operands = Operands(layer.n, layer.k, dtype, rows=max(tokens))
     found = []
-    for m in sorted(tokens):
-        problem = Problem(m, layer.n, layer.k, dtype, permutation=layer.permuted)
+    for m, decoded in tokens.items():
+        permuted = layer.permuted and not (decoded and layer.attended)
+        problem = Problem(m, layer.n, layer.k, dtype, permutation=permuted, activation=layer.activation)
         candidate = ops.candidate_for(problem)
         dense = operands.run_dense(m)
         contestants = {
@@ -152,15 +178,19 @@ def _times(
 
 
 def _sparse_replay(kernels: Kernels, operands: Operands, problem: Problem, candidate: str) -> timing.Replay:
-    """A chain of the kernel as the model runs it: with the permutation of x, if the layer has one."""
+    """A chain of the kernel as the model runs it: with the layer's permutation of x and activation."""
     order = torch.randperm(problem.k, dtype=torch.int32, device="cuda") if problem.permutation else None
     workspace = kernels.workspace(problem, candidate)
     gemms: dict[tuple[int, int], Gemm] = {}
 
     def launch(copy: int, turn: int) -> None:
         if (copy, turn) not in gemms:
-            x, y = operands.at(turn, problem.m)
-            gemms[copy, turn] = kernels.bind(x, *operands.sparse[copy], y, permutation=order)
+            # Activations in a chain fade to zeros, so all of them read the same x.
+            x, y = operands.at(0 if problem.activation else turn, problem.m)
+            y = y.view(-1)[: problem.m * problem.columns].view(problem.m, problem.columns)
+            gemms[copy, turn] = kernels.bind(
+                x, *operands.sparse[copy], y, permutation=order, activation=problem.activation
+            )
         gemms[copy, turn].run(candidate, workspace, programmatic=True)
 
     return operands.replay(problem.m, launch, len(operands.sparse), graph_us=timing.GRAPH_US)
@@ -168,7 +198,7 @@ def _sparse_replay(kernels: Kernels, operands: Operands, problem: Problem, candi
 
 def floor_us(layer: Layer, m: int, ceilings: Ceilings) -> float:
     """Microseconds that the machine needs at least for the packed layer."""
-    moved = layer.packed_bytes + 2 * m * (layer.k + layer.n)
+    moved = layer.packed_bytes + 2 * m * (layer.k + (layer.n // 2 if layer.activation else layer.n))
     operations = 2 * m * layer.n * layer.k
     return max(1e-3 * moved / ceilings.read_gb_per_s, 1e-6 * operations / (2 * ceilings.dense_tflop_per_s))
 

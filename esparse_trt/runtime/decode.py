@@ -37,8 +37,10 @@ class Decoder:
         self.model = model
         self.device = model.device
         self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.cache = SlotCache(model.config, batch, max_length, self._position, model.dtype)
         self._replaced = model._supports_attention_backend  # not BLOOM's attention
+        self.cache = SlotCache(
+            model.config, batch, max_length, self._position, model.dtype, deferred=self._replaced
+        )
         if self._replaced:
             model.set_attn_implementation(NAME)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)

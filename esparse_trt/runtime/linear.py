@@ -8,34 +8,48 @@ import torch
 from torch import Tensor, nn
 
 from esparse_trt.errors import EsparseError
-from esparse_trt.runtime.ops import sparse_gemm
+from esparse_trt.runtime.ops import permute, sparse_gemm
 from esparse_trt.runtime.packing import pack, why_not
 
 
 class SparseLinear(nn.Module):
     """y = x Wᵀ + b with W [N, K] in 2:4 form, stored in `es24-v1` and nowhere else.
 
+    With an activation W holds gate and up, as `packing.interleave` lays their rows, and y = act(gate) · up.
+
     Attributes:
+        in_features: K.
+        out_features: N, of which y has half with an activation.
         values: [N, K/2], fp16 or bf16.
         metadata: int32, of the shape that `es24.metadata_shape` gives.
         bias: [N] or None.
         permutation: int32 [K] or None: channel j of W reads x[..., permutation[j]].
+        places: its inverse.
+        activation: "swiglu", "geglu" or None.
     """
 
     values: Tensor
     metadata: Tensor
     bias: Tensor | None
     permutation: Tensor | None
+    places: Tensor | None
 
     def __init__(
-        self, values: Tensor, metadata: Tensor, bias: Tensor | None, permutation: Tensor | None
+        self,
+        values: Tensor,
+        metadata: Tensor,
+        bias: Tensor | None,
+        permutation: Tensor | None,
+        activation: str | None = None,
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.in_features, self.out_features = 2 * values.shape[1], values.shape[0]
         self.register_buffer("values", values)
         self.register_buffer("metadata", metadata)
         self.register_buffer("bias", bias)
         self.register_buffer("permutation", permutation)
+        self.register_buffer("places", None if permutation is None else permutation.argsort().int())
 
     @classmethod
     def pack(
@@ -43,6 +57,7 @@ class SparseLinear(nn.Module):
         weight: Tensor,
         bias: Tensor | None = None,
         permutation: Tensor | None = None,
+        activation: str | None = None,
         *,
         name: str = "weight",
     ) -> SparseLinear:
@@ -58,6 +73,7 @@ class SparseLinear(nn.Module):
             *pack(weight, name),
             None if bias is None else bias.detach().clone(),
             None if permutation is None else permutation.to(weight.device, torch.int32),
+            activation,
         )
 
     @property
@@ -66,13 +82,35 @@ class SparseLinear(nn.Module):
         return self.values.nbytes + self.metadata.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
-        return sparse_gemm(x, self.values, self.metadata, self.bias, self.permutation)
+        """[..., K] -> [..., N], with an activation [..., N/2]."""
+        order = self.permutation
+        if order is not None and self.places is not None and torch.compiler.is_compiling():
+            x, order = permute(x, order, self.places), None
+        return sparse_gemm(x, self.values, self.metadata, self.bias, order, self.activation)
 
     def extra_repr(self) -> str:
         """As of nn.Linear."""
         permuted = ", permuted" if self.permutation is not None else ""
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{permuted}"
+        activation = f", {self.activation}" if self.activation else ""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{permuted}{activation}"
+
+
+class GatedMlp(nn.Module):
+    """down(act(gate) · up), gate and up one GEMM that applies the activation to its sums.
+
+    Attributes:
+        gate_proj: that GEMM, under the name of its first layer.
+        down_proj: any linear layer.
+    """
+
+    def __init__(self, gate_up: SparseLinear, down: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj = gate_up
+        self.down_proj = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., K]."""
+        return self.down_proj(self.gate_proj(x))
 
 
 class Merged(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from esparse_trt.artifacts import BuildDir, load_manifest
+from esparse_trt.engine.kernels import ACTIVATIONS
 from esparse_trt.errors import EsparseError
 from esparse_trt.model import load_model
 from esparse_trt.progress import note, track
@@ -19,9 +20,9 @@ from esparse_trt.recipe import parse_recipe
 from esparse_trt.records import PruneRecord
 from esparse_trt.runtime.choice import packed_layers
 from esparse_trt.runtime.compile import compile_layers
-from esparse_trt.runtime.linear import Merged, SparseLinear
-from esparse_trt.runtime.ops import tuned_table
-from esparse_trt.runtime.packing import why_not
+from esparse_trt.runtime.linear import GatedMlp, Merged, SparseLinear
+from esparse_trt.runtime.ops import gated, tuned_table
+from esparse_trt.runtime.packing import interleave, why_not
 from esparse_trt.sparsity.models import Family, Site, family_of, heads_of, linear
 
 
@@ -78,6 +79,8 @@ def pack_model(
 ) -> None:
     """Make one GEMM of every site of a model, in place: packed where its layers are 2:4, else dense.
 
+    A packed GEMM of gate and up applies the activation, too, if the kernels have it.
+
     Args:
         model: in the original channel order, with its zeros in place.
         permutations: layer -> int64 [K] under which its weight is 2:4.
@@ -93,7 +96,8 @@ def pack_model(
             layers = [linear(block, path) for path in site.linears]
             packed = None
             if all(names[path] in packable for path in site.linears):
-                packed = _packed(layers, orders.get(site.linears[0]), site.name, device)
+                order, activation = orders.get(site.linears[0]), _activation(block, site)
+                packed = _packed(layers, order, activation, site.name, device)
             _replace(block, site, packed or _concatenated(layers))
 
 
@@ -111,18 +115,39 @@ def _blocks(model: PreTrainedModel) -> nn.ModuleList:
     return blocks
 
 
+def _activation(block: nn.Module, site: Site) -> str | None:
+    """The kernels' name of what a site applies to gate and up, found by its values; None if they lack it."""
+    if site.activation is None or linear(block, site.linears[0]).out_features % 8:
+        return None
+    module, probe = block.get_submodule(site.activation), torch.linspace(-8, 8, 257, dtype=torch.float64)
+    for name in filter(None, ACTIVATIONS):
+        if torch.allclose(module(probe), gated(name, probe), rtol=0, atol=1e-6):
+            return name
+    return None
+
+
 def _packed(
-    layers: Sequence[nn.Linear], order: Tensor | None, name: str, device: torch.device | str
+    layers: Sequence[nn.Linear],
+    order: Tensor | None,
+    activation: str | None,
+    name: str,
+    device: torch.device | str,
 ) -> SparseLinear | None:
     """The layers as one packed GEMM, if the layout holds it."""
-    weight = torch.cat([layer.weight.data for layer in layers]).to(device)
+    weight = _joined([layer.weight.data for layer in layers], activation).to(device)
     if order is not None:
         weight = weight[:, order.to(device)]
     if reason := why_not(weight):
         note(f"{name} stays dense: {reason}")
         return None
     biases: list[Tensor] = [layer.bias.data for layer in layers if layer.bias is not None]
-    return SparseLinear.pack(weight, torch.cat(biases) if biases else None, order, name=name).to(device)
+    bias = _joined(biases, activation) if biases else None
+    return SparseLinear.pack(weight, bias, order, activation, name=name).to(device)
+
+
+def _joined(parts: Sequence[Tensor], activation: str | None) -> Tensor:
+    """Weights or biases of the layers of one packed GEMM."""
+    return interleave(*parts) if activation else torch.cat(list(parts))
 
 
 def _concatenated(layers: Sequence[nn.Linear]) -> nn.Linear:
@@ -140,6 +165,10 @@ def _concatenated(layers: Sequence[nn.Linear]) -> nn.Linear:
 
 def _replace(block: nn.Module, site: Site, gemm: nn.Module) -> None:
     """Put one GEMM in the place of a site's layers."""
+    if isinstance(gemm, SparseLinear) and gemm.activation:
+        path = site.linears[0].rpartition(".")[0]
+        block.set_submodule(path, GatedMlp(gemm, block.get_submodule(f"{path}.down_proj")))
+        return
     if len(site.linears) == 1:
         block.set_submodule(site.linears[0], gemm)
         return
@@ -154,8 +183,8 @@ def _replace(block: nn.Module, site: Site, gemm: nn.Module) -> None:
 def _fold(model: PreTrainedModel, family: Family, block: nn.Module, orders: dict[str, Tensor]) -> None:
     """Move the permutations of `o` and `down` into the rows of the layers that make their inputs.
 
-    What is folded leaves `orders` empty for that layer and gets its columns permuted here; the rest is read
-    through the kernel's permutation of x (DESIGN section 5).
+    What is folded leaves `orders` empty for that layer and gets its columns permuted here. The rest is
+    written in its reader's order where it is made (`runtime.fuse`), or read through the kernel's permutation.
     """
     for before, site in zip(family.sites, family.sites[1:], strict=False):
         path = site.linears[0]

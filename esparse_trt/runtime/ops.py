@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from esparse_trt.engine import kernels
 from esparse_trt.engine.table import Table, default_path, reference_table, usable_table
@@ -22,9 +23,14 @@ from esparse_trt.graph.groups import as_numpy
 
 @torch.library.custom_op("esparse::sparse_gemm", mutates_args=(), device_types="cuda")
 def sparse_gemm(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, permutation: Tensor | None
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    activation: str | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + b.
+    """y = x Wᵀ + b, or, of a W that holds gate and up as `packing.interleave` does, act(gate) · up.
 
     Args:
         x: [..., K], of the type of `values`.
@@ -32,36 +38,77 @@ def sparse_gemm(
         metadata: int32, `es24.metadata_shape(N, K)`.
         bias: [N] or None.
         permutation: int32 [K] or None: W's channel j reads x[..., permutation[j]].
+        activation: "swiglu", "geglu" (GELU by its approximation with tanh) or None.
 
     Returns:
-        [..., N].
+        [..., N]; with an activation [..., N/2], rounded once.
 
     Raises:
         EsparseError: shapes or types that do not fit together, or no kernel library.
     """
     _check(x, values, metadata)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = rows.new_empty(len(rows), len(values))
+    y = rows.new_empty(len(rows), _columns(values, activation))
     library = kernels.load()
-    gemm = library.bind(rows, values, metadata, y, bias=bias, permutation=permutation)
+    gemm = library.bind(rows, values, metadata, y, bias=bias, permutation=permutation, activation=activation)
     candidate = candidate_for(gemm.problem)
     gemm.run(candidate, library.workspace(gemm.problem, candidate), programmatic=True)
     return y.view(*x.shape[:-1], -1)
 
 
 @sparse_gemm.register_kernel("cpu")
-def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, permutation: Tensor | None) -> Tensor:
+def _(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    activation: str | None = None,
+) -> Tensor:
     _check(x, values, metadata)
     dense = es24.unpack(es24.Packed(as_numpy(values), metadata.numpy()))
     weight = torch.from_numpy(dense.view("int16")).view(values.dtype)
     if permutation is not None:
         x = x[..., permutation.long()]
-    return torch.nn.functional.linear(x, weight, bias)
+    y = functional.linear(x, weight, bias)
+    if activation is None:
+        return y
+    gate, up = y.float().unflatten(-1, (-1, 2, 8)).unbind(-2)
+    return (gated(activation, gate) * up).flatten(-2).to(x.dtype)
 
 
 @sparse_gemm.register_fake
-def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, permutation: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], values.shape[0])
+def _(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    permutation: Tensor | None,
+    activation: str | None = None,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _columns(values, activation))
+
+
+@torch.library.custom_op("esparse::permute", mutates_args=())
+def permute(x: Tensor, order: Tensor, places: Tensor) -> Tensor:
+    """x[..., order]: how a compiled layer says that a GEMM reads x so, until `fuse` finds who writes x so.
+
+    Args:
+        x: [..., K].
+        order: int32 [K].
+        places: int32 [K], its inverse.
+    """
+    return x.index_select(-1, order)
+
+
+@permute.register_fake
+def _(x: Tensor, order: Tensor, places: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def gated(activation: str, gate: Tensor) -> Tensor:
+    """What an activation multiplies up by."""
+    return functional.silu(gate) if activation == "swiglu" else functional.gelu(gate, approximate="tanh")
 
 
 @cache
@@ -73,7 +120,7 @@ def candidate_for(problem: kernels.Problem) -> str:
         rows = table.of_layer(problem.n, problem.k, dtype) if table else []
         if row := next((row for row in rows if row.m >= problem.m), None):
             tuned = row.sparse("programmatic").kernel
-            # Tables do not know bias and permutation, and a shipped one may be of other kernels.
+            # Tables know no bias, permutation and activation, and a shipped one may be of other kernels.
             if tuned in library.candidates and library.why_not(problem, tuned, gpu) is None:
                 return tuned
     found = library.default(problem, gpu)
@@ -93,6 +140,10 @@ def tuned_table() -> Table | None:
 def shipped_table() -> Table | None:
     """What was measured on a GPU like this one. It holds for bfloat16 too, whose kernels do the same work."""
     return reference_table(this_device(kernels.load()))
+
+
+def _columns(values: Tensor, activation: str | None) -> int:
+    return values.shape[0] // 2 if activation else values.shape[0]
 
 
 def _check(x: Tensor, values: Tensor, metadata: Tensor) -> None:

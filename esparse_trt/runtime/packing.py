@@ -43,6 +43,16 @@ def pack(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     return values, _tile((first | second << 2).int(), rows, channels)
 
 
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows [2I, ...] of one GEMM with an activation: 8 rows of gate, the same 8 of up, and so on.
+
+    Args:
+        gate: [I, ...], I a multiple of 8: weights or biases.
+        up: of the same shape.
+    """
+    return torch.stack([gate.unflatten(0, (-1, 8)), up.unflatten(0, (-1, 8))], dim=1).flatten(0, 2)
+
+
 def _tile(nibbles: Tensor, rows: int, channels: int) -> Tensor:
     """Nibbles [N, K/4] to words."""
     shape = kt, nt, *_ = es24.metadata_shape(rows, channels)

@@ -26,11 +26,13 @@ class Site:
         linears: module paths inside the block.
         reads: the (normed) residual stream, the attention output, or the inside of the MLP; DESIGN section 5
             says which permutations each allows.
+        activation: of gate and up, path of the module act whose act(gate) · up the next site reads.
     """
 
     name: str
     linears: tuple[str, ...]
     reads: Reads
+    activation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ FAMILIES: tuple[Family, ...] = (
         sites=(
             Site("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "residual"),
             Site("o", ("self_attn.o_proj",), "attention"),
-            Site("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "residual"),
+            Site("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "residual", "mlp.act_fn"),
             Site("down", ("mlp.down_proj",), "mlp"),
         ),
         final=("model.norm",),

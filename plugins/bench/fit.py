@@ -85,7 +85,14 @@ def read_models() -> dict[str, tuple[float, ...]]:
     return {part: tuple(map(float, row.split(","))) for part, row in rows if part not in GUESSED}
 
 
-MODELS = read_models()
+def read_filled() -> tuple[int, ...]:
+    """`kFilled`: multiprocessors that clusters of 1, 2, .. 8 CTAs fill."""
+    found = re.search(r"kFilled\[\] = {([\d, ]+)}", HEURISTIC.read_text())
+    assert found, f"no kFilled in {HEURISTIC}"
+    return tuple(map(int, found[1].split(",")))
+
+
+MODELS, FILLED = read_models(), read_filled()
 
 
 def parse(name: str) -> Tile | None:
@@ -103,15 +110,15 @@ def parse(name: str) -> Tile | None:
     rows, tokens = map(int, re.findall(r"_n?(\d+)[mx](\d+)", name)[0])
     cluster = re.search(r"_c(\d)(\d)", name)
     share_x, share_w = map(int, cluster.groups()) if cluster else (number("x"), number("w"))
-    divides_rest = name.startswith("wgmma_") and share_x * share_w > 1
+    whole = number("s") == 1 and "_pingpong" not in name
+    divides_rest = name.startswith("wgmma_") and share_x * share_w > 1 and whole
     flags = ("_streamk_" in name, bool(cluster) and name.endswith("n"), divides_rest)
     return Tile(families[-1], rows, tokens, number("s"), number("o"), share_x, share_w, *flags)
 
 
 def waves(tile: Tile, clusters: int, steps: int) -> float:
     """How many times the clusters fill the GPU."""
-    filled = H100.multiprocessors * 10 // 11 if tile.cluster > 2 else H100.multiprocessors
-    room = max(1, filled * tile.per_sm // tile.cluster)
+    room = max(1, FILLED[tile.cluster - 1] * tile.per_sm // tile.cluster)
     if tile.stream_k:
         return max(1.0, clusters / room)
     whole, rest = divmod(clusters, room)

@@ -11,6 +11,7 @@
 
 #include "candidate.h"
 #include "esparse/es24.h"
+#include "gate.cuh"
 #include "ptx.cuh"
 
 namespace esparse {
@@ -122,26 +123,38 @@ __global__ void __launch_bounds__(Tile::kThreads) ampere(esparse_gemm p) {
   __syncthreads();
 
   T* y = reinterpret_cast<T*>(shared);  // [tokens, rows]
+  const Gate gate(p.activation);
 #pragma unroll
-  for (int i = 0; i < Tile::kRowBlocks; ++i)
+  for (int i = 0; i < Tile::kRowBlocks; ++i) {
+    const int row = warp_row + 16 * i;
+    float bias[2];
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
-      const int row = warp_row + 16 * i + 8 * upper + g;
-      const bool biased = p.bias && first_row + row < p.n;
-      const float bias = biased ? static_cast<float>(static_cast<const T*>(p.bias)[first_row + row]) : 0.f;
-#pragma unroll
-      for (int j = 0; j < Tile::kTokenBlocks; ++j) {
-        T* to = y + (warp_token + 8 * j + 2 * t) * Tile::kYPitch + row;
-        to[0] = static_cast<T>(sums[i][j][2 * upper] + bias);
-        to[Tile::kYPitch] = static_cast<T>(sums[i][j][2 * upper + 1] + bias);
-      }
+      const int64_t n = first_row + row + 8 * upper + g;
+      bias[upper] = p.bias && n < p.n ? static_cast<float>(static_cast<const T*>(p.bias)[n]) : 0.f;
     }
+#pragma unroll
+    for (int j = 0; j < Tile::kTokenBlocks; ++j)
+#pragma unroll
+      for (int token = 0; token < 2; ++token) {
+        const float low = sums[i][j][token] + bias[0], high = sums[i][j][2 + token] + bias[1];
+        T* to = y + (warp_token + 8 * j + 2 * t + token) * Tile::kYPitch + g;
+        if (p.activation) {
+          to[row / 2] = static_cast<T>(gate(low, high));
+        } else {
+          to[row] = static_cast<T>(low);
+          to[row + 8] = static_cast<T>(high);
+        }
+      }
+  }
   __syncthreads();
-  for (int i = threadIdx.x; i < Tile::kTokens * Tile::kRows / 8; i += Tile::kThreads) {
-    const int token = i / (Tile::kRows / 8), row = i % (Tile::kRows / 8) * 8;
-    if (first_token + token < p.m && first_row + row < p.n)
-      *reinterpret_cast<uint4*>(static_cast<T*>(p.y) + (first_token + token) * p.n + first_row + row) =
-          *reinterpret_cast<const uint4*>(y + token * Tile::kYPitch + row);
+  const int rows_per_column = p.activation ? 2 : 1, pieces = Tile::kRows / rows_per_column / 8;
+  const int64_t columns = p.n / rows_per_column, first_column = first_row / rows_per_column;
+  for (int i = threadIdx.x; i < Tile::kTokens * pieces; i += Tile::kThreads) {
+    const int token = i / pieces, column = i % pieces * 8;
+    if (first_token + token < p.m && first_column + column < columns)
+      *reinterpret_cast<uint4*>(static_cast<T*>(p.y) + (first_token + token) * columns + first_column + column) =
+          *reinterpret_cast<const uint4*>(y + token * Tile::kYPitch + column);
   }
 }
 

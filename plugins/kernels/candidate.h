@@ -17,8 +17,8 @@ class Candidate {
   // Unique, stable between versions, [a-z0-9_]+, starting with the kernel's family.
   virtual std::string name() const = 0;
 
-  // Why the problem cannot run on the GPU, as static text; null when it can. Looks at m, n, k, dtype and at which of
-  // bias and permutation are there, never through a pointer. The problem passed esparse_check.
+  // Why the problem cannot run on the GPU, as static text; null when it can. Looks at m, n, k, dtype, activation and at
+  // which of bias and permutation are there, never through a pointer. The problem passed esparse_check.
   virtual const char* unsupported(const esparse_gemm& problem, const esparse_gpu& gpu) const = 0;
 
   // Whether the kernel reads x through the permutation itself. Otherwise the library permutes x into the workspace

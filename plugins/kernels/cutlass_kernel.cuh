@@ -31,11 +31,10 @@
 
 namespace esparse {
 
-// Cooperative: two warpgroups share a tile. Pingpong: each has its own, and stores it while the other multiplies,
-// which pays where K is short. Stream-K splits the K of tiles that do not fill the GPU. Not here, as they won nowhere
-// on an H100: clusters of 4 CTAs and those along the rows, tokens in tiles of 96 and 256, stream-K with more than 64
-// tokens a tile.
-enum class CutlassKind { kCooperative, kPingpong, kStreamK };
+// Two warpgroups share a tile. Stream-K splits the K of tiles that do not fill the GPU. Not here, as they won nowhere
+// on an H100: pingpong, where our own is faster, clusters of 4 CTAs and those along the rows, tokens in tiles of 96 and
+// 256, stream-K with more than 64 tokens a tile.
+enum class CutlassKind { kCooperative, kStreamK };
 
 // How the tiles of one launch are dealt out to CTAs.
 struct CutlassSchedule {
@@ -46,7 +45,6 @@ struct CutlassSchedule {
 template <typename Element, int kTileN, int kTileM, int kClusterN, int kClusterM, CutlassKind kKind>
 struct CutlassGemm {
   static constexpr bool kStreamK = kKind == CutlassKind::kStreamK;
-  static constexpr bool kPingpong = kKind == CutlassKind::kPingpong;
   using Tile = cute::Shape<cute::Int<kTileN>, cute::Int<kTileM>, cute::Int<kTileK>>;
   using Cluster = cute::Shape<cute::Int<kClusterN>, cute::Int<kClusterM>, cute::_1>;
 
@@ -59,16 +57,12 @@ struct CutlassGemm {
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::ColumnMajor, 8, Element,
-      cutlass::layout::ColumnMajor, 8,
-      cute::conditional_t<kPingpong, cutlass::epilogue::TmaWarpSpecialized,
-                          cutlass::epilogue::TmaWarpSpecializedCooperative>,
-      AddBias>::CollectiveOp;
+      cutlass::layout::ColumnMajor, 8, cutlass::epilogue::TmaWarpSpecializedCooperative, AddBias>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, cutlass::layout::RowMajor, 8, Element,
       cutlass::layout::ColumnMajor, 8, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
-      cute::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
-                          cutlass::gemm::KernelTmaWarpSpecializedCooperative>>::CollectiveOp;
+      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<
       cute::Shape<int, int, int, int>, Mainloop, Epilogue,
       cute::conditional_t<kStreamK, cutlass::gemm::StreamKScheduler, cutlass::gemm::PersistentScheduler>>;
@@ -146,12 +140,10 @@ class Cutlass final : public Candidate {
  public:
   explicit Cutlass(const CutlassSchedule& schedule) : schedule_(schedule) {}
 
-  // cutlass_256x128_c12_w2m: tile (rows x tokens), cluster, swizzle, order; cutlass_128x128_pingpong_c12_w1n,
-  // cutlass_128x64_streamk_c11_w1m.
+  // cutlass_256x128_c12_w2m: tile (rows x tokens), cluster, swizzle, order; cutlass_128x64_streamk_c11_w1m.
   std::string name() const override {
     const auto number = [](int n) { return std::to_string(n); };
     std::string name = "cutlass_" + number(kTileN) + "x" + number(kTileM);
-    if (kKind == CutlassKind::kPingpong) name += "_pingpong";
     if (kKind == CutlassKind::kStreamK) name += "_streamk";
     name += "_c" + number(kClusterN) + number(kClusterM) + "_w" + number(schedule_.swizzle);
     return name + (schedule_.rows_first ? "n" : "m");
@@ -159,6 +151,7 @@ class Cutlass final : public Candidate {
 
   const char* unsupported(const esparse_gemm& p, const esparse_gpu& gpu) const override {
     if (gpu.capability != 90) return "needs compute capability 9.0";
+    if (p.activation) return "has no activation";
     if (p.n >= 1 << 24 || p.k >= 1 << 24) return "n and k must be below 2^24";
     if (kKind == CutlassKind::kStreamK && p.m > 512) return "m is more than 512, its workspace would grow with m";
     // The rest would be another candidate's launch under a second name.
@@ -189,8 +182,9 @@ void add_cutlass_kernel(Candidates& all) {
     all.push_back(std::make_unique<Cutlass<kTileN, kTileM, kClusterN, kClusterM, kKind>>(schedule));
   };
   add({1, false});
+  if (kKind == CutlassKind::kStreamK) return;
   add({1, true});
-  if (kKind != CutlassKind::kStreamK) add({2, false});
+  add({2, false});
 }
 
 }  // namespace esparse

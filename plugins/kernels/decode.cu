@@ -19,10 +19,15 @@ constexpr int kSmThreads = 1024;  // at 64 registers each
 
 using Kernel = void (*)(esparse_gemm, Plan);
 
+template <typename C, bool kGated>
+Kernel kernel_of(const esparse_gemm& p) {
+  if (p.dtype == ESPARSE_FP16) return p.m <= 8 ? decode<__half, C, 1, kGated> : decode<__half, C, 2, kGated>;
+  return p.m <= 8 ? decode<__nv_bfloat16, C, 1, kGated> : decode<__nv_bfloat16, C, 2, kGated>;
+}
+
 template <typename C>
 Kernel kernel_for(const esparse_gemm& p) {
-  if (p.dtype == ESPARSE_FP16) return p.m <= 8 ? decode<__half, C, 1> : decode<__half, C, 2>;
-  return p.m <= 8 ? decode<__nv_bfloat16, C, 1> : decode<__nv_bfloat16, C, 2>;
+  return p.activation ? kernel_of<C, true>(p) : kernel_of<C, false>(p);
 }
 
 template <typename C>
@@ -40,6 +45,7 @@ class Decode final : public Candidate {
     if (p.m > 16) return "m is more than 16";
     if (p.n > kMaxWeights / p.k) return "more weights than 32-bit offsets of 16 bytes reach";
     if (ceil_div(p.k, kTileK) < 1 << log_splits_) return "k is too small for the splits";
+    if (p.activation && C::kRows >> log_splits_ < 16) return "a CTA adds fewer than the 16 rows of gate and up";
     if (plan<C>(p.m, p.k, log_splits_, 1).bytes > kMaxSharedBytes) return "x does not fit in shared memory";
     return nullptr;
   }

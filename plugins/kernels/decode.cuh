@@ -18,13 +18,15 @@
 // under selector s. With s = q / 2 every lane reads one pair of words, and no lane reads what another does.
 //
 // Sums: each warp pushes its 16 x M partial sums to the CTA of the cluster that owns those rows, into whose barrier the
-// copies count; the owner adds them in a fixed order, so results do not depend on timing.
+// copies count; the owner adds them in a fixed order, so results do not depend on timing. It owns gate and up of a
+// channel both, where there is an activation.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "decode.h"
 #include "esparse/sparse_gemm.h"
+#include "gate.cuh"
 #include "ptx.cuh"
 
 namespace esparse::decode {
@@ -199,45 +201,62 @@ __device__ void push_sums(const float (&sums)[kTokenGroups][4], int m, int slot,
   }
 }
 
-// The four rows, of those that the CTA owns, whose results a thread stores.
-template <typename C>
+// The four columns of y that a thread stores: of four rows of those that the CTA owns, or, gated, of four rows of gate
+// and the four of up that lie 8 below.
+template <typename C, bool kGated>
 struct Output {
-  int row;    // in y's row, to be compared with n
-  int local;  // among the owned rows
+  static constexpr int kRows = kGated ? 8 : 4;
+  int row;    // the first, to be compared with n
+  int local;  // the same among the owned rows
 
   __device__ Output(int block, int rank, const Plan& at)
-      : row(block * C::kRows + (rank << at.log_owned)), local(4 * threadIdx.x & ((1 << at.log_owned) - 1)) {
+      : row(block * C::kRows + (rank << at.log_owned)), local(kRows * threadIdx.x & ((1 << at.log_owned) - 1)) {
+    if (kGated) local = (local & ~15) + local / 2 % 8;
     row += local;
   }
+  __device__ int column() const { return kGated ? row / 16 * 8 + row % 8 : row; }  // in y's row
 };
 
-// Add the partial sums and the bias.
-template <typename T, typename C>
-__device__ void store_y(const esparse_gemm& p, const Output<C>& output, uint2 bias_bits, const Plan& at,
-                        const float* partials) {
+// Add the partial sums and the bias, and let up pass the gate.
+template <typename T, typename C, bool kGated>
+__device__ void store_y(const esparse_gemm& p, const Output<C, kGated>& output, const uint2 (&bias_bits)[1 + kGated],
+                        const Plan& at, const float* partials) {
+  using Output = decode::Output<C, kGated>;
   if (output.row >= p.n) return;
   const int m = static_cast<int>(p.m);
-  const T* bias = reinterpret_cast<const T*>(&bias_bits);
+  const T* bias = reinterpret_cast<const T*>(&bias_bits);  // of the four rows, and of those of up
 #pragma unroll 1
-  for (int token = 4 * threadIdx.x >> at.log_owned; token < m; token += 4 * C::kThreads >> at.log_owned) {
-    float sum[4] = {};
+  for (int token = Output::kRows * threadIdx.x >> at.log_owned; token < m;
+       token += Output::kRows * C::kThreads >> at.log_owned) {
+    float sum[1 + kGated][4] = {};
     const float* from = partials + token * at.partials_stride + output.local;
 #pragma unroll 1
     for (int split = 0; split < 1 << at.log_splits; ++split)
 #pragma unroll
-      for (int depth = 0; depth < C::kDepthWarps; ++depth, from += m * at.partials_stride) {
-        const float4 part = *reinterpret_cast<const float4*>(from);
-        sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
-      }
+      for (int depth = 0; depth < C::kDepthWarps; ++depth, from += m * at.partials_stride)
+#pragma unroll
+        for (int i = 0; i <= kGated; ++i) {
+          const float4 part = *reinterpret_cast<const float4*>(from + 8 * i);
+          sum[i][0] += part.x, sum[i][1] += part.y, sum[i][2] += part.z, sum[i][3] += part.w;
+        }
     __align__(8) T out[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = static_cast<T>(sum[i] + static_cast<float>(bias[i]));
-    *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + token * p.n + output.row) = *reinterpret_cast<uint2*>(out);
+    for (int i = 0; i < 4; ++i) {
+      const float y = sum[0][i] + static_cast<float>(bias[i]);
+      if constexpr (kGated) {
+        out[i] = static_cast<T>(Gate(p.activation)(y, sum[1][i] + static_cast<float>(bias[4 + i])));
+      } else {
+        out[i] = static_cast<T>(y);
+      }
+    }
+    const int64_t columns = kGated ? p.n / 2 : p.n;
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.y) + token * columns + output.column()) =
+        *reinterpret_cast<uint2*>(out);
   }
 }
 
 // grid (at most the row blocks, splits), cluster (1, splits).
-template <typename T, typename C, int kTokenGroups>
+template <typename T, typename C, int kTokenGroups, bool kGated>
 __global__ void __launch_bounds__(C::kThreads) decode(const __grid_constant__ esparse_gemm p,
                                                       const __grid_constant__ Plan at) {
 #if __CUDA_ARCH__ >= 900
@@ -284,10 +303,13 @@ __global__ void __launch_bounds__(C::kThreads) decode(const __grid_constant__ es
   for (int block = blockIdx.x; block < share.blocks; block += gridDim.x) {
     const uint32_t barrier = barriers + 8 + 8 * buffer;
     if (at.log_splits && threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(barrier, at.pushed_bytes);
-    const Output<C> output(block, share.rank, at);
-    uint2 bias{};
-    if (p.bias && output.row < p.n)
-      bias = __ldg(reinterpret_cast<const uint2*>(static_cast<const T*>(p.bias) + output.row));
+    const Output<C, kGated> output(block, share.rank, at);
+    uint2 bias[1 + kGated] = {};
+    if (p.bias && output.row < p.n) {
+      const uint2* from = reinterpret_cast<const uint2*>(static_cast<const T*>(p.bias) + output.row);
+      bias[0] = __ldg(from);
+      if constexpr (kGated) bias[1] = __ldg(from + 2);
+    }
     float sums[kTokenGroups][4] = {};
     for (int tile = stream.depth_warp(); tile < share.tiles; tile += C::kDepthWarps) {
       ptx::cp_async_wait_group<C::kStages - 1>();

@@ -41,6 +41,9 @@ constexpr Model kModels[] = {
 };
 constexpr double kMemory = 22.5;  // bytes per nanosecond and multiprocessor from memory, all of them at once
 
+// Of how many multiprocessors of an H100 clusters of 1, 2, .. 8 CTAs can take one each: they do not cross its groups.
+constexpr int kFilled[] = {132, 132, 117, 120, 110, 102, 105, 120};
+
 // What a candidate's name says about its tiles.
 struct Tile {
   const Model* model = nullptr;
@@ -76,7 +79,7 @@ Tile parse(const std::string& name) {
   if (name.rfind("wgmma_", 0) == 0) {
     tile.share_x = number_after(name, "_x");
     tile.share_w = number_after(name, "_w");
-    tile.divides_rest = tile.share_x * tile.share_w > 1;
+    tile.divides_rest = tile.cluster() > 1 && tile.split == 1 && name.find("_pingpong") == std::string::npos;
   } else if (name.rfind("cutlass_", 0) == 0) {
     const int cluster = number_after(name, "_c");  // two digits: along the rows, along the tokens
     tile.share_x = cluster / 10;
@@ -96,9 +99,9 @@ const std::vector<Tile>& tiles() {
   return all;
 }
 
-// How many times the clusters fill the GPU. Those of more than two CTAs fit on 120 of an H100's 132 multiprocessors.
+// How many times the clusters fill the GPU.
 double waves(const Tile& tile, double clusters, double steps, const esparse_gpu& gpu) {
-  const int filled = tile.cluster() > 2 ? gpu.multiprocessors * 10 / 11 : gpu.multiprocessors;
+  const int filled = gpu.multiprocessors * kFilled[tile.cluster() - 1] / kFilled[0];
   const double room = std::max(1, filled * tile.per_sm / tile.cluster());
   if (tile.stream_k) return std::max(1., clusters / room);
   const double whole = std::floor(clusters / room), rest = clusters - whole * room;

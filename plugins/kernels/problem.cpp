@@ -32,6 +32,11 @@ esparse_status esparse_check(const esparse_gemm* p, esparse_message* message) {
   if (p->dtype != ESPARSE_FP16 && p->dtype != ESPARSE_BF16)
     return fail(message, ESPARSE_INVALID_ARGUMENT, "dtype is %d, must be ESPARSE_FP16 or ESPARSE_BF16",
                 static_cast<int>(p->dtype));
+  if (p->activation < ESPARSE_NO_ACTIVATION || p->activation > ESPARSE_GEGLU)
+    return fail(message, ESPARSE_INVALID_ARGUMENT, "activation is %d, must be 0 .. %d",
+                static_cast<int>(p->activation), static_cast<int>(ESPARSE_GEGLU));
+  if (p->activation && p->n % 16 != 0)
+    return fail(message, ESPARSE_NOT_SUPPORTED, "n is %" PRId64 ", must be a multiple of 16 with an activation", p->n);
 
   const struct {
     const char* name;

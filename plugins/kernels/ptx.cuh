@@ -121,6 +121,20 @@ __device__ inline void st_async(uint32_t address, float value, uint32_t barrier)
                : "memory");
 }
 
+// ---- Powers and reciprocals: two units in the last place, subnormal numbers are zero
+
+__device__ inline float ex2_approx_ftz(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float rcp_approx_ftz(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- Matrix fragments (sm_80)
 
 __device__ inline void st_shared(uint32_t address, float value) {

@@ -1,4 +1,5 @@
-// The reference: one thread per output, fp32 sums in ascending k, reading the compressed weights as they lie.
+// The reference: one thread per output, fp32 sums in ascending k, reading the compressed weights as they lie; with an
+// activation, two such sums.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -10,12 +11,9 @@
 
 namespace {
 
+// The sum of token m and row n of W, and the bias.
 template <typename T>
-__global__ void reference(esparse_gemm p) {
-  const int64_t m = blockIdx.x;
-  const int64_t n = blockIdx.y * int64_t{blockDim.x} + threadIdx.x;
-  if (n >= p.n) return;
-
+__device__ float sum_of(const esparse_gemm& p, int64_t m, int64_t n) {
   const T* x = static_cast<const T*>(p.x) + m * p.k;
   const T* values = static_cast<const T*>(p.values) + n * (p.k / 2);
   float sum = p.bias ? static_cast<float>(static_cast<const T*>(p.bias)[n]) : 0.f;
@@ -28,7 +26,28 @@ __global__ void reference(esparse_gemm p) {
       sum += static_cast<float>(x[source]) * static_cast<float>(values[2 * chunk + slot]);
     }
   }
-  static_cast<T*>(p.y)[m * p.n + n] = static_cast<T>(sum);
+  return sum;
+}
+
+// In the form of gate.cuh, with exact functions: 1 + tanh would lose its digits where gate is negative.
+__device__ float activate(esparse_activation activation, float gate) {
+  if (activation == ESPARSE_SWIGLU) return gate / (1.f + expf(-gate));
+  return gate / (1.f + expf(-2.f * .797884561f * (gate + .044715f * gate * gate * gate)));
+}
+
+template <typename T>
+__global__ void reference(esparse_gemm p) {
+  const int64_t columns = p.activation ? p.n / 2 : p.n;
+  const int64_t m = blockIdx.x, n = blockIdx.y * int64_t{blockDim.x} + threadIdx.x;
+  if (n >= columns) return;
+  float y;
+  if (p.activation) {
+    const int64_t row = n / 8 * 16 + n % 8;
+    y = activate(p.activation, sum_of<T>(p, m, row)) * sum_of<T>(p, m, row + 8);
+  } else {
+    y = sum_of<T>(p, m, n);
+  }
+  static_cast<T*>(p.y)[m * columns + n] = static_cast<T>(y);
 }
 
 const char* launch_reference(const esparse_gemm& p, cudaStream_t stream) {

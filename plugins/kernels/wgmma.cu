@@ -22,7 +22,7 @@ constexpr int kMaxDepth = 12;                                    // of a ring, i
 constexpr int kWorthSplitting = 2;                               // 128-k tiles for each CTA, at least
 constexpr int kBarriers = 8 + 6 * kMaxDepth * 8;                 // bytes: one, and two for each stage
 
-// What the CTAs of a cluster do, and how many fit on an SM. Either split K of every tile, or share x and W.
+// What the CTAs of a cluster do, and how many fit on an SM: they split K of every tile, and share x and W.
 struct Plan {
   int split = 1, share_x = 1, share_w = 1, per_sm = 1;
   int ctas() const { return split * share_x * share_w; }
@@ -36,6 +36,7 @@ class WgmmaCandidate final : public Candidate {
 
   std::string name() const override {
     std::string name = "wgmma_n" + std::to_string(kernel_.rows) + "m" + std::to_string(kernel_.tokens);
+    if (kernel_.pingpong) name += "_pingpong";
     if (plan_.split > 1) name += "_s" + std::to_string(plan_.split);
     if (plan_.share_x > 1) name += "_x" + std::to_string(plan_.share_x);
     if (plan_.share_w > 1) name += "_w" + std::to_string(plan_.share_w);
@@ -57,12 +58,15 @@ class WgmmaCandidate final : public Candidate {
     a.y = p.y;
     a.m = static_cast<int>(p.m);
     a.n = static_cast<int>(p.n);
+    a.columns = p.activation ? a.n / 2 : a.n;
+    a.activation = p.activation;
     a.k_tiles = count(p.k, kTileK);
     a.row_clusters = count(p.n, kernel_.rows * plan_.share_x);
     a.token_clusters = count(p.m, kernel_.tokens * plan_.share_w);
-    a.ctas = plan_.ctas();
     a.share_x = plan_.share_x;
     a.share_w = plan_.share_w;
+    a.split = plan_.split;
+    a.ctas = plan_.ctas();
     // Weights that a single token tile reads pass through L2 once; x is read by every row tile.
     a.weight_policy = a.token_clusters == 1 ? kEvictFirst : kEvictNormal;
     a.x_policy = a.token_clusters == 1 ? kEvictLast : kEvictNormal;
@@ -74,11 +78,12 @@ class WgmmaCandidate final : public Candidate {
     cudaLaunchAttribute attributes[2]{};
     // Also where it is of one CTA: without the attribute a barrier of the cluster has no separate arrival.
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {static_cast<unsigned>(a.ctas), 1, 1};
+    const dim3 cluster(a.share_x, a.share_w, a.split);
+    attributes[0].val.clusterDim = {cluster.x, cluster.y, cluster.z};
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = a.ctas;
+    config.gridDim = cluster;
     config.blockDim = static_cast<unsigned>(128 * (kernel_.warpgroups + 1));
     config.dynamicSmemBytes = shared;
     config.stream = static_cast<cudaStream_t>(launch.stream);
@@ -117,26 +122,23 @@ class WgmmaCandidate final : public Candidate {
     return error;
   }
 
-  // Rings, buffers of y, buffers of the exchange (sent, received), barriers. Returns the bytes.
+  // Rings, buffers of y, what is received of the exchange, barriers. Returns the bytes.
   int place_in_shared_memory(Arguments& a) const {
     const int staging = wgmma::staging_bytes(kernel_.tokens, kernel_.warpgroups);
     const int available = kSharedOfSm / plan_.per_sm - kSharedOfSystem - staging - kBarriers;
-    const int exchange = exchanged_bytes(), depth = std::min(kMaxDepth, count(a.k_tiles, plan_.split));
-    int rings = fill_rings(a, depth, plan_.split > 1 ? available - 2 * exchange : available);
-    // Where all tiles are split, buffers of their own spare a barrier of the cluster, but are not worth shallow rings.
-    a.exchange_in_ring = plan_.split == 1 || a.x_stages * wgmma::x_boxes(kernel_.tokens) < 2 * std::min(4, depth);
-    if (plan_.split > 1 && a.exchange_in_ring) rings = std::max(fill_rings(a, depth, available), 2 * exchange);
+    const int received = received_bytes(a.split), depth = std::min(kMaxDepth, count(a.k_tiles, a.split));
+    int rings = fill_rings(a, depth, available - received);
+    // Where all tiles are split, a buffer of its own spares a barrier of the cluster, but is not worth shallow rings.
+    a.exchange_in_ring = a.split == 1 || a.x_stages * wgmma::x_boxes(kernel_.tokens) < 2 * std::min(4, depth);
+    if (a.exchange_in_ring) rings = std::max(fill_rings(a, depth, available), received);
     a.staging = static_cast<uint32_t>(ceil_div(rings, 1024) * 1024);
-    a.sent = a.exchange_in_ring ? 0 : a.staging + staging;
-    a.received = a.sent + exchange;
-    a.barriers = a.staging + staging + (a.exchange_in_ring ? 0 : 2 * exchange);
+    a.received = a.exchange_in_ring ? 0 : a.staging + staging;
+    a.barriers = a.staging + staging + (a.exchange_in_ring ? 0 : received);
     return static_cast<int>(a.barriers) + kBarriers;
   }
 
-  // What a CTA receives from the others of its cluster that split a tile's K, and sends.
-  int exchanged_bytes() const {
-    return count(kernel_.tokens / 8, plan_.ctas()) * kernel_.rows * 8 * 4 * (plan_.ctas() - 1);
-  }
+  // What a CTA receives from the others that split a tile's K into `parts`.
+  int received_bytes(int parts) const { return count(kernel_.tokens / 8, parts) * kernel_.rows * 8 * 4 * (parts - 1); }
 
   // As many stages as fit, both rings about as deep in k. Returns the bytes.
   int fill_rings(Arguments& a, int depth, int available) const {
@@ -153,7 +155,7 @@ class WgmmaCandidate final : public Candidate {
   }
 
   // Persistent: as many clusters as the GPU holds at once, which its groups of SMs may make fewer than SMs / cluster.
-  // Where all tiles are split, they are small: a cluster for each.
+  // Where K is split there are few blocks of tiles: a cluster for each.
   int clusters_at_once(const cudaLaunchConfig_t& config, const void* function, int tiles) const {
     if (plan_.split > 1) return tiles;
     if (!at_once_) {
@@ -167,13 +169,13 @@ class WgmmaCandidate final : public Candidate {
   // The tiles that are left when whole waves are done take as long as one more. Where they are at most as many as there
   // are clusters, a cluster takes one of them and splits its K, unless that is so short that the exchange costs more.
   void divide(Arguments& a, int clusters) const {
-    const int pieces = a.row_clusters * a.token_clusters;
-    const int left = pieces % clusters, tiles = left * plan_.share_x * plan_.share_w;
-    const bool pays = pieces > clusters && tiles <= clusters && a.k_tiles >= kWorthSplitting * plan_.ctas();
-    const bool fits = 2 * exchanged_bytes() <= static_cast<int>(a.staging);
-    const bool leftover = plan_.ctas() > 1 && pays && fits;
-    a.whole = plan_.split > 1 ? 0 : leftover ? pieces - left : pieces;
-    a.split = plan_.split > 1 ? pieces : leftover ? tiles : 0;
+    const int blocks = a.row_clusters * a.token_clusters;
+    const int left = blocks % clusters, tiles = left * a.ctas;
+    const bool pays = blocks > clusters && tiles <= clusters && a.k_tiles >= kWorthSplitting * a.ctas;
+    const bool fits = received_bytes(a.ctas) <= static_cast<int>(a.staging);
+    const bool divided = a.split == 1 && a.ctas > 1 && !kernel_.pingpong && pays && fits;
+    a.blocks = divided ? blocks - left : blocks;
+    a.tiles = divided ? tiles : 0;
   }
 
   // The clusters at work read `group` x tiles and clusters / group tiles of W: about as many bytes of each is best.
@@ -190,31 +192,34 @@ class WgmmaCandidate final : public Candidate {
 
 }  // namespace
 
-// Those that were among the fastest of some shape when all combinations were timed on an H100, and splits of small
-// tiles for layers that are smaller still.
+// Those that were among the fastest of some shape when all combinations were timed on an H100.
 void add_wgmma(Candidates& all) {
   std::vector<Kernel> kernels;
   wgmma::add_narrow(kernels);
   wgmma::add_wide(kernels);
-  const auto add = [&](int rows, int tokens, std::initializer_list<Plan> plans) {
+  const auto add = [&](int rows, int tokens, bool pingpong, std::initializer_list<Plan> plans) {
     for (const Kernel& kernel : kernels)
-      if (kernel.rows == rows && kernel.tokens == tokens)
+      if (kernel.rows == rows && kernel.tokens == tokens && kernel.pingpong == pingpong)
         for (const Plan& plan : plans) all.push_back(std::make_unique<WgmmaCandidate>(kernel, plan));
   };
   // split, share_x, share_w, per_sm
-  add(64, 16, {{1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}});
-  add(128, 16, {{1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}});
-  add(64, 32, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
-  add(128, 32, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
-  add(64, 64, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {1, 4, 1, 1}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
-  add(128, 64, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}});
-  add(128, 64, {{2, 1, 1, 1}, {4, 1, 1, 1}});
-  add(128, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}, {2, 1, 1, 1}});
-  add(192, 128, {{1, 1, 1, 1}, {1, 2, 1, 1}});
-  add(256, 128, {{1, 2, 1, 1}, {1, 1, 2, 1}});
-  add(128, 256, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}});
-  add(192, 256, {{1, 1, 1, 1}, {1, 2, 1, 1}});
-  add(256, 192, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}});
+  add(64, 16, false, {{1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}});
+  add(128, 16, false, {{1, 1, 1, 2}, {2, 1, 1, 1}});
+  add(64, 32, false, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
+  add(128, 32, false, {{1, 1, 1, 1}, {1, 1, 1, 2}});
+  add(64, 64, false, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {1, 4, 1, 1}});
+  add(64, 64, false, {{2, 1, 1, 1}, {3, 1, 1, 1}, {2, 4, 1, 1}});
+  add(128, 64, false, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}});
+  add(128, 64, false, {{2, 1, 1, 1}, {2, 1, 2, 1}, {2, 2, 2, 1}, {3, 1, 2, 1}});
+  add(128, 128, false, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}});
+  add(128, 128, false, {{2, 1, 1, 1}, {2, 2, 1, 1}, {2, 1, 2, 1}, {2, 2, 2, 1}, {3, 1, 1, 1}});
+  add(192, 128, false, {{1, 1, 1, 1}, {1, 2, 1, 1}, {2, 1, 1, 1}});
+  add(256, 128, false, {{1, 2, 1, 1}, {1, 1, 2, 1}});
+  add(128, 256, false, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {2, 1, 1, 1}, {2, 4, 1, 1}});
+  add(192, 256, false, {{1, 1, 1, 1}, {1, 2, 1, 1}});
+  add(256, 192, false, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}});
+  add(128, 128, true, {{1, 1, 2, 1}});
+  add(128, 192, true, {{1, 2, 1, 1}});
 }
 
 }  // namespace esparse

@@ -13,14 +13,18 @@
 // (wgmma_consumer.cuh). A stage is handed back only when the wgmmas of the next one are under way, so the tensor cores
 // never drain between stages.
 //
-// A cluster works on share_x tiles along the rows (each CTA loads its part of the x tile and multicasts it to the
-// others) times share_w along the tokens (the same for W), or on one tile of which each of its CTAs takes a part of K.
-// Then each owns a share of the tile's columns: every CTA copies its partial sums to their owners' shared memory, the
-// owners add them in a fixed order. Tiles are split where they are too few to fill the GPU: all of them, or those that
-// whole waves leave over.
+// A cluster works on a block of share_x tiles along the rows (each CTA loads its part of the x tile and multicasts it
+// to the others) times share_w along the tokens (the same for W), with K in `split` parts: the CTA of part p of the
+// tile at (row, token) has the rank row + share_x (token + share_w p). The CTAs of a tile each own a share of its
+// columns: they store their partial sums to the owners' shared memory, and the owners add them in a fixed order
+// (wgmma_reduce.cuh). K is split where the tiles are too few to fill the GPU. Where it is not, the tiles that whole
+// waves of blocks leave over are split over all CTAs of a cluster.
+//
+// Pingpong is for short K, where storing y takes a good part of the time: two warpgroups have a tile each, and one
+// stores while the other multiplies.
 #pragma once
 
-#include "wgmma_consumer.cuh"
+#include "wgmma_reduce.cuh"
 
 namespace esparse::wgmma {
 
@@ -68,13 +72,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLight ? 2 : 1) gemm(con
     if constexpr (Tile::kHeavy) ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();
     cluster_sync();
     Consumer<Tile> consumer(cta);
-    for (int index = cta.cluster; index < cta.pieces(); index += cta.clusters) {
+    for (int index = cta.cluster + consumer.turn * cta.clusters; index < cta.pieces();
+         index += Tile::kTurns * cta.clusters) {
       const Work work = cta.work(index);
       consumer.begin(work);
       consumer.multiply(work);
       if (!work.whole()) {
         if (a.exchange_in_ring) cluster_sync();
-        consumer.reduce();
+        reduce(consumer, work);
         ptx::barrier_cluster_arrive_relaxed();
       }
       consumer.store(work);

@@ -6,22 +6,26 @@
 #include <cstdint>
 #include <vector>
 
+#include "esparse/sparse_gemm.h"
+
 namespace esparse::wgmma {
 
 struct Arguments {
   CUtensorMap values, metadata, x;
   const void* bias;  // [N], or null
-  void* y;           // [M, N]
+  void* y;           // [M, columns]
   int m, n;
-  int k_tiles;                       // of 128 k
-  int row_clusters, token_clusters;  // the tiles of y^T in blocks of share_x x share_w
-  int group;                         // token clusters that are worked on together
-  int ctas, share_x, share_w;        // of a cluster; along rows and along tokens, where each has a tile of its own
-  int whole, split;                  // pieces of work: blocks of tiles, then tiles of which a cluster splits K
+  int columns;  // n, or with an activation n / 2
+  esparse_activation activation;
+  int k_tiles;                        // of 128 k
+  int row_clusters, token_clusters;   // the tiles of y^T in blocks of share_x x share_w
+  int group;                          // token clusters that are worked on together
+  int share_x, share_w, split, ctas;  // of a cluster: along the rows, the tokens and K of a block of tiles; all of them
+  int blocks, tiles;                  // pieces of work: blocks of tiles, then single ones of which all CTAs split K
   int weights_stages, x_stages;
-  uint32_t staging, sent, received, barriers;  // offsets in shared memory
-  int exchange_in_ring;                        // sums of other CTAs are exchanged where the stages were
-  uint64_t weight_policy, x_policy;            // for L2
+  uint32_t staging, received, barriers;  // offsets in shared memory
+  int exchange_in_ring;                  // sums of other CTAs are received where the stages were
+  uint64_t weight_policy, x_policy;      // for L2
 };
 
 constexpr int weights_bytes(int rows) { return rows * (128 + 16); }  // of a stage of 128 k: values, metadata
@@ -40,6 +44,7 @@ constexpr int staging_bytes(int tokens, int warpgroups) {
 struct Kernel {
   int rows, tokens, warpgroups;
   bool light;        // two CTAs fit on an SM
+  bool pingpong;     // each warpgroup has a tile of its own
   const void* fp16;  // kernels of Arguments
   const void* bf16;
 };

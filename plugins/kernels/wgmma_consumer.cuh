@@ -1,9 +1,13 @@
-// The warpgroups of the wgmma.sp GEMM that multiply: mainloop, sum over the CTAs that split K, y.
+// The warpgroups of the wgmma.sp GEMM that multiply: mainloop and y.
 #pragma once
 
+#include "gate.cuh"
 #include "wgmma_pipeline.cuh"
 
 namespace esparse::wgmma::detail {
+
+// Named barriers; the warpgroups that multiply have 1 and up, those that copy 8.
+constexpr int kTurnBarrier = 4;
 
 // Shared-memory matrix descriptor: K-major, 128-byte swizzle, 8-row groups 1024 bytes apart.
 __device__ inline uint64_t descriptor(uint32_t address) {
@@ -17,20 +21,42 @@ struct Consumer {
   const Cta<Tile>& cta;
   const int thread = threadIdx.x, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same in all lanes: descriptors are uniform
+  const int turn = Tile::kTurns > 1 ? warpgroup : 0;
+  const int block0 = Tile::kTurns > 1 ? 0 : warpgroup * Tile::kBlocks;  // its first of the tile's blocks of 64 rows
   Ring weights, x;
   uint32_t weights_handback, x_handback;  // barriers of stage 0 that this lane arrives at to hand a stage back, or 0
   int buffer = 0;                         // of the two for y
   float sum[Tile::kBlocks][Tile::kParts][Tile::kSums / Tile::kParts];
   float low[Tile::kBlocks], high[Tile::kBlocks];  // bias of this thread's rows g and g+8 of each block
 
-  __device__ explicit Consumer(const Cta<Tile>& cta) : cta(cta), weights(cta.weights()), x(cta.x()) {}
+  __device__ explicit Consumer(const Cta<Tile>& cta) : cta(cta), weights(cta.weights()), x(cta.x()) {
+    if (turn == 1) {
+      pass_turn();
+      skip_turn();
+    }
+  }
+
+  // Pingpong: the other warpgroup multiplies its tile while this one stores. The stages of their tiles follow each
+  // other, so that a warpgroup may look at the rings only in its turn, and then skips those of the other's tile.
+  __device__ void await_turn() const {
+    if constexpr (Tile::kTurns > 1) ptx::bar_sync(kTurnBarrier + turn, 256);
+  }
+  __device__ void pass_turn() const {
+    if constexpr (Tile::kTurns > 1) ptx::bar_arrive(kTurnBarrier + 1 - turn, 256);
+  }
+  __device__ void skip_turn() {
+    if constexpr (Tile::kTurns == 1) return;
+    weights.skip(cta.a.k_tiles);
+    x.skip(cta.a.k_tiles * 2 / Tile::kXBoxes);
+  }
 
   // Lane i hands back to the i-th CTA whose copies reach this one; where only its own do, it counts as often.
   __device__ void begin(const Work& work) {
-    const int row = cta.row, token = cta.token, share_x = cta.a.share_x;
-    const bool whole = work.whole();
-    weights_handback = lane < cta.a.share_w ? ptx::mapa(weights.empty(0), whole ? row + share_x * lane : cta.rank) : 0;
-    x_handback = lane < share_x ? ptx::mapa(x.empty(0), whole ? lane + share_x * token : cta.rank) : 0;
+    const bool shares = work.tiles > 1;
+    const int along_tokens = shares ? cta.beside(cta.row, lane) : cta.rank;
+    const int along_rows = shares ? cta.beside(lane, cta.token) : cta.rank;
+    weights_handback = lane < cta.a.share_w ? ptx::mapa(weights.empty(0), along_tokens) : 0;
+    x_handback = lane < cta.a.share_x ? ptx::mapa(x.empty(0), along_rows) : 0;
     load_bias(work);
   }
 
@@ -44,7 +70,7 @@ struct Consumer {
     const T* bias = static_cast<const T*>(cta.a.bias);
 #pragma unroll
     for (int b = 0; b < Tile::kBlocks; ++b) {
-      const int n = work.row0 + (warpgroup * Tile::kBlocks + b) * 64 + 16 * warp + lane / 4;
+      const int n = work.row0 + (block0 + b) * 64 + 16 * warp + lane / 4;
       low[b] = bias && n < cta.a.n ? static_cast<float>(bias[n]) : 0.f;
       high[b] = bias && n + 8 < cta.a.n ? static_cast<float>(bias[n + 8]) : 0.f;
     }
@@ -54,7 +80,7 @@ struct Consumer {
   template <int kHalf>
   __device__ void issue(const uint2 (&words)[Tile::kBlocks], uint32_t here) {
     // Descriptors count in units of 16 bytes: 32 bytes of values and 64 of x for each 32 k.
-    const uint64_t values = descriptor(weights.here() + warpgroup * Tile::kBlocks * 64 * 128 + kHalf * 64);
+    const uint64_t values = descriptor(weights.here() + block0 * 64 * 128 + kHalf * 64);
     const uint64_t tokens = descriptor(here);
 #pragma unroll
     for (int q = 0; q < 2; ++q)
@@ -74,7 +100,7 @@ struct Consumer {
     for (int b = 0; b < Tile::kBlocks; ++b)
       words[b] =
           ptx::ld_shared_v2(weights.here() + Tile::kRows * 128 + (lane >> 1 & 1) * 8 +
-                            ((((warpgroup * Tile::kBlocks + b) * 4 + warp) * 2 + (lane & 1)) * 8 + (lane >> 2)) * 16);
+                            ((((block0 + b) * 4 + warp) * 2 + (lane & 1)) * 8 + (lane >> 2)) * 16);
     x.await();
     ptx::wgmma_fence();
     issue<0>(words, x.here());
@@ -116,68 +142,21 @@ struct Consumer {
 
     uint2 even[Tile::kBlocks], odd[Tile::kBlocks];
     const int steps = work.k_end - work.k_begin;
+    await_turn();
     for (int i = 0; i + 1 < steps; i += 2) {
       step(even, i == 0);
       step(odd, false);
     }
     if (steps & 1) step(even, steps == 1);
+    pass_turn();
     ptx::wgmma_wait_group<0>();
     release_before();
+    skip_turn();
 #pragma unroll
     for (int b = 0; b < Tile::kBlocks; ++b)
 #pragma unroll
       for (int i = 0; i < Tile::kSums; ++i)
         asm volatile("" : "+f"(at(b, i))::"memory");  // none is read before the wait
-  }
-
-  // Where, in one of the two buffers of CTA `mine`, this warpgroup's sums lie that it exchanges with CTA `other`.
-  __device__ uint32_t exchanged(uint32_t buffer, int mine, int other) const {
-    const int slot = other < mine ? other : other - 1;
-    const int columns = (Tile::kColumns + cta.a.ctas - 1) / cta.a.ctas;
-    return cta.shared + buffer + (slot * Tile::kWarpgroups + warpgroup) * columns * Tile::kBlocks * 2048;
-  }
-
-  // Add up the sums of the CTAs that split K. Afterwards they are whole in this CTA's own columns.
-  __device__ void reduce() {
-    const int ctas = cta.a.ctas, rank = cta.rank;
-    const bool issuer = thread % 128 == 0;
-    for (int i = 1; i < ctas; ++i) {
-      const int other = rank + i < ctas ? rank + i : rank + i - ctas;
-      const int first = share_begin(Tile::kColumns, other, ctas), end = share_begin(Tile::kColumns, other + 1, ctas);
-      const uint32_t from = exchanged(cta.a.sent, rank, other);
-#pragma unroll
-      for (int j = 0; j < Tile::kColumns; ++j) {
-        if (j < first || j >= end) continue;
-#pragma unroll
-        for (int b = 0; b < Tile::kBlocks; ++b)
-          ptx::st_shared_v4(from + (((j - first) * Tile::kBlocks + b) * 128 + thread % 128) * 16, at(b, 4 * j),
-                            at(b, 4 * j + 1), at(b, 4 * j + 2), at(b, 4 * j + 3));
-      }
-      ptx::fence_proxy_async();
-      ptx::bar_sync(1 + warpgroup, 128);
-      if (issuer)
-        ptx::cp_async_bulk_to_cluster(ptx::mapa(exchanged(cta.a.received, other, rank), other), from,
-                                      (end - first) * Tile::kBlocks * 2048, ptx::mapa(cta.reduced(), other));
-      __syncwarp();
-    }
-    wait(cta.reduced(), 0);
-    const int first = share_begin(Tile::kColumns, rank, ctas), end = share_begin(Tile::kColumns, rank + 1, ctas);
-    for (int i = 0; i < ctas; ++i) {
-      if (i == rank) continue;
-      const uint32_t from = exchanged(cta.a.received, rank, i);
-#pragma unroll
-      for (int j = 0; j < Tile::kColumns; ++j) {
-        if (j < first || j >= end) continue;
-#pragma unroll
-        for (int b = 0; b < Tile::kBlocks; ++b) {
-          const uint4 other = ptx::ld_shared_v4(from + (((j - first) * Tile::kBlocks + b) * 128 + thread % 128) * 16);
-          at(b, 4 * j) += __uint_as_float(other.x);
-          at(b, 4 * j + 1) += __uint_as_float(other.y);
-          at(b, 4 * j + 2) += __uint_as_float(other.z);
-          at(b, 4 * j + 3) += __uint_as_float(other.w);
-        }
-      }
-    }
   }
 
   static __device__ uint32_t pack(float low, float high) {
@@ -192,19 +171,32 @@ struct Consumer {
   __device__ uint32_t pack_low(int b, int j) { return pack(at(b, 4 * j) + low[b], at(b, 4 * j + 1) + low[b]); }
   __device__ uint32_t pack_high(int b, int j) { return pack(at(b, 4 * j + 2) + high[b], at(b, 4 * j + 3) + high[b]); }
 
-  // y = sum + bias in this CTA's columns.
+  // Of gate and up, which are a thread's rows g and g+8.
+  __device__ uint32_t pack_gated(const Gate& gate, int b, int j) {
+    return pack(gate(at(b, 4 * j) + low[b], at(b, 4 * j + 2) + high[b]),
+                gate(at(b, 4 * j + 1) + low[b], at(b, 4 * j + 3) + high[b]));
+  }
+
+  // y = sum + bias, or what the activation makes of it, in this CTA's columns.
   __device__ void store(const Work& work) {
     const bool whole = work.whole();  // spares the divisions
     const int first = whole ? 0 : share_begin(Tile::kColumns, work.part, work.parts);
     const int end = whole ? Tile::kColumns : share_begin(Tile::kColumns, work.part + 1, work.parts);
+    cta.a.activation ? store<true>(work, first, end) : store<false>(work, first, end);
+  }
+
+  template <bool kGated>
+  __device__ void store(const Work& work, int first, int end) {
     if constexpr (Tile::kStoresByWarp) {
-      store_by_warp(work, first, end);
+      store_by_warp<kGated>(work, first, end);
     } else {
-      store_by_warpgroup(work, first, end);
+      store_by_warpgroup<kGated>(work, first, end);
     }
   }
 
-  // A warp turns its [16 channels][16 tokens] around in a buffer of its own, swizzled, and writes 32 bytes a token.
+  // A warp turns its [16 channels][16 tokens] around in a buffer of its own, swizzled, and writes 32 bytes a token. Of
+  // gate and up, [8 channels][16 tokens]: the other half of the buffer is not used.
+  template <bool kGated>
   __device__ void store_by_warp(const Work& work, int first, int end) {
     const uint32_t buffers = cta.shared + cta.a.staging + thread / 32 * 1024;
     const int row = lane % 8, half = lane / 8 % 2, column = lane / 16;  // this lane's address for stmatrix
@@ -212,52 +204,71 @@ struct Consumer {
     const int token = lane / 2;
     const uint32_t from = token * 32 + (lane % 2 ^ (token >> 2 & 1)) * 16;
     T* const y = static_cast<T*>(cta.a.y);
+    const Gate gate(cta.a.activation);
 #pragma unroll
     for (int b = 0; b < Tile::kBlocks; ++b) {
-      const int n = work.row0 + (warpgroup * Tile::kBlocks + b) * 64 + 16 * warp + lane % 2 * 8;
+      const int rows = work.row0 + (block0 + b) * 64 + 16 * warp;
+      const int n = !kGated ? rows + lane % 2 * 8 : lane % 2 ? cta.a.columns : rows / 2;
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; j += 2) {
         if (j + 2 <= first || j >= end) continue;
         const uint32_t here = buffers + j / 2 % 2 * 512;
         __syncwarp();
-        ptx::stmatrix_x4_trans(here + to, pack_low(b, j), pack_high(b, j), pack_low(b, j + 1), pack_high(b, j + 1));
+        if constexpr (kGated) {
+          ptx::stmatrix_x4_trans(here + to, pack_gated(gate, b, j), 0, pack_gated(gate, b, j + 1), 0);
+        } else {
+          ptx::stmatrix_x4_trans(here + to, pack_low(b, j), pack_high(b, j), pack_low(b, j + 1), pack_high(b, j + 1));
+        }
         __syncwarp();
         const uint4 out = ptx::ld_shared_v4(here + from);
         const int m = work.token0 + 8 * j + token, mine = j + token / 8;
-        if (mine >= first && mine < end && m < cta.a.m && n < cta.a.n)
-          *reinterpret_cast<uint4*>(y + static_cast<int64_t>(m) * cta.a.n + n) = out;
+        if (mine >= first && mine < end && m < cta.a.m && n < cta.a.columns)
+          *reinterpret_cast<uint4*>(y + static_cast<int64_t>(m) * cta.a.columns + n) = out;
       }
     }
   }
 
   // A warpgroup turns [64 channels][8 kChunk tokens] around in one of two buffers, swizzled, and writes 128 bytes a
-  // token: whole lines, of which stores take one at a time.
+  // token: whole lines, of which stores take one at a time. Of gate and up, 32 channels of twice as many tokens.
+  template <bool kGated>
   __device__ void store_by_warpgroup(const Work& work, int first, int end) {
-    constexpr int kChunk = Tile::kChunk;
-    const uint32_t buffers = cta.shared + cta.a.staging + warpgroup * 2 * kChunk * 1024;
-    const int column = lane / 16, row = lane % 8, half = lane / 8 % 2;  // this lane's address for stmatrix
-    const uint32_t to = column * 1024 + row * 128 + ((2 * warp + half) ^ row) * 16;
+    constexpr int kPieces = kGated ? 4 : 8;  // of 16 bytes, a token
+    constexpr int kChunk = Tile::kChunk * 8 / kPieces, kColumnBytes = 8 * kPieces * 16;
+    const auto place = [](int token, int piece) {
+      return token * kPieces * 16 + (piece ^ (kGated ? token / 2 : token) % kPieces) * 16;
+    };
+    const uint32_t buffers = cta.shared + cta.a.staging + warpgroup * 2 * kChunk * kColumnBytes;
+    const int matrix = lane / 8;  // this lane's address for stmatrix
+    const uint32_t to = kGated ? matrix * kColumnBytes + place(lane % 8, warp)
+                               : matrix / 2 * kColumnBytes + place(lane % 8, 2 * warp + matrix % 2);
     T* const y = static_cast<T*>(cta.a.y);
+    const Gate gate(cta.a.activation);
 #pragma unroll
     for (int b = 0; b < Tile::kBlocks; ++b) {
-      const int n = work.row0 + (warpgroup * Tile::kBlocks + b) * 64 + lane % 8 * 8;
+      const int n = (work.row0 + (block0 + b) * 64) * kPieces / 8 + lane % kPieces * 8;
 #pragma unroll
       for (int chunk = 0; chunk < Tile::kColumns; chunk += kChunk) {
         if (chunk + kChunk <= first || chunk >= end) continue;
-        const uint32_t here = buffers + buffer * kChunk * 1024;
+        const uint32_t here = buffers + buffer * kChunk * kColumnBytes;
         buffer ^= 1;
 #pragma unroll
-        for (int j = chunk; j < chunk + kChunk; j += 2)
-          ptx::stmatrix_x4_trans(here + (j - chunk) * 1024 + to, pack_low(b, j), pack_high(b, j), pack_low(b, j + 1),
-                                 pack_high(b, j + 1));
+        for (int j = chunk; j < chunk + kChunk; j += kGated ? 4 : 2) {
+          const uint32_t there = here + (j - chunk) * kColumnBytes + to;
+          if constexpr (kGated) {
+            ptx::stmatrix_x4_trans(there, pack_gated(gate, b, j), pack_gated(gate, b, j + 1),
+                                   pack_gated(gate, b, j + 2), pack_gated(gate, b, j + 3));
+          } else {
+            ptx::stmatrix_x4_trans(there, pack_low(b, j), pack_high(b, j), pack_low(b, j + 1), pack_high(b, j + 1));
+          }
+        }
         ptx::bar_sync(1 + warpgroup, 128);  // and so the warps have also read what was here two chunks ago
 #pragma unroll
-        for (int i = 0; i < kChunk / 2; ++i) {
-          const int token = warp * 2 * kChunk + 4 * i + lane / 8;
-          const uint4 out = ptx::ld_shared_v4(here + token * 128 + ((lane ^ token) % 8) * 16);
+        for (int i = 0; i < kChunk * kPieces / 16; ++i) {
+          const int token = warp * 2 * kChunk + i * 32 / kPieces + lane / kPieces;
+          const uint4 out = ptx::ld_shared_v4(here + place(token, lane % kPieces));
           const int m = work.token0 + 8 * chunk + token, mine = chunk + token / 8;
-          if (mine >= first && mine < end && m < cta.a.m && n < cta.a.n)
-            *reinterpret_cast<uint4*>(y + static_cast<int64_t>(m) * cta.a.n + n) = out;
+          if (mine >= first && mine < end && m < cta.a.m && n < cta.a.columns)
+            *reinterpret_cast<uint4*>(y + static_cast<int64_t>(m) * cta.a.columns + n) = out;
         }
       }
     }

@@ -6,13 +6,16 @@
 
 namespace esparse::wgmma {
 
-template <typename T_, int kWarpgroups_, int kBlocks_, int kTokens_>
+template <typename T_, int kWarpgroups_, int kBlocks_, int kTokens_, bool kPingpong>
 struct Tile {
   using T = T_;
-  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply, each kBlocks x 64 rows
+  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply, each kBlocks x 64 rows of a tile
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kRows = 64 * kWarpgroups * kBlocks;
+  static constexpr int kTurns = kPingpong ? kWarpgroups : 1;  // warpgroups that take turns, each with a tile of its own
+  static_assert(kTurns <= 2);
+  static constexpr int kWarps = 4 * kWarpgroups / kTurns;  // that multiply a tile
+  static constexpr int kRows = 16 * kWarps * kBlocks;
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   // wgmmas side by side along the tokens. One of 256 does not fit the registers with which 512 threads start, by which
@@ -78,6 +81,10 @@ struct Ring {
       phase ^= 1;
     }
   }
+  __device__ void skip(int count) {
+    phase ^= (stage + count) / stages & 1;
+    stage = (stage + count) % stages;
+  }
 };
 
 // Where the `part`-th of `parts` nearly equal shares of `count` begins; it ends where the next begins.
@@ -88,6 +95,7 @@ __device__ inline int share_begin(int count, int part, int parts) {
 // What a CTA does of a piece of work.
 struct Work {
   int row0, token0;    // first row and token of the tile
+  int tiles;           // that the cluster works on; each has the CTAs rank % tiles + tiles * (0, 1, .. parts - 1)
   int part, parts;     // of K
   int k_begin, k_end;  // 128-k tiles
   __device__ bool whole() const { return parts == 1; }
@@ -98,7 +106,8 @@ struct Cta {
   const Arguments& a;
   const uint32_t shared;  // base of shared memory
   const int rank = ptx::cluster_ctarank(), cluster = ptx::clusterid_x(), clusters = ptx::nclusterid_x();
-  const int row = rank % a.share_x, token = rank / a.share_x;  // its tile in a block of the cluster
+  // Its tile in a block of the cluster, and its part of K: rank = row + share_x (token + share_w part).
+  const int row = ptx::cluster_ctaid_x(), token = ptx::cluster_ctaid_y(), part = ptx::cluster_ctaid_z();
 
   __device__ Cta(const Arguments& a, uint32_t shared) : a(a), shared(shared) {}
 
@@ -108,19 +117,25 @@ struct Cta {
             Tile::kXBytes, a.x_stages};
   }
   __device__ uint32_t reduced() const { return shared + a.barriers; }
-  __device__ int pieces() const { return a.whole + a.split; }
-  // Whether this cluster's last piece is one of which it splits K: `whole` is a multiple of `clusters`.
-  __device__ bool splits() const { return cluster < a.split; }
+  __device__ int pieces() const { return a.blocks + a.tiles; }
+  // Whether this cluster splits K in its last piece. Where in all, it has only one; otherwise where that is a single
+  // tile, as `blocks` is then a multiple of `clusters`.
+  __device__ bool splits() const { return a.split > 1 || cluster < a.tiles; }
+  // The CTA at (row, token) that works on the same part of K.
+  __device__ int beside(int row, int token) const { return row + a.share_x * (token + a.share_w * part); }
 
   // The `index`-th piece. Blocks of tiles run along the tokens within groups of `group` clusters of tokens, so that
   // CTAs at work together share rows of W and x in L2.
   __device__ Work work(int index) const {
-    Work work{row, token, 0, 1, 0, a.k_tiles};  // row and token within the block of tiles, at first
-    if (index >= a.whole) {
-      const int tiles = a.share_x * a.share_w, tile = (index - a.whole) % tiles;
-      index = a.whole + (index - a.whole) / tiles;
-      const int k_begin = share_begin(a.k_tiles, rank, a.ctas), k_end = share_begin(a.k_tiles, rank + 1, a.ctas);
-      work = {tile % a.share_x, tile / a.share_x, rank, a.ctas, k_begin, k_end};
+    Work work{row, token, a.share_x * a.share_w, part, a.split, 0, a.k_tiles};  // row, token: at first in the block
+    if (index >= a.blocks) {
+      const int tile = (index - a.blocks) % work.tiles;
+      index = a.blocks + (index - a.blocks) / work.tiles;
+      work = {tile % a.share_x, tile / a.share_x, 1, rank, a.ctas, 0, a.k_tiles};
+    }
+    if (!work.whole()) {
+      work.k_begin = share_begin(a.k_tiles, work.part, work.parts);
+      work.k_end = share_begin(a.k_tiles, work.part + 1, work.parts);
     }
     int row_cluster = index, token_cluster = 0;
     if (a.token_clusters > 1) {
@@ -138,25 +153,21 @@ struct Cta {
   // One thread of each warp of the last warpgroup. A stage is free when every multiplying warp of every CTA that this
   // one's copies reach is done with it.
   __device__ void init_barriers(int warp) const {
-    weights().init(Tile::kConsumers / 32 * a.share_w, warp, 4);
-    x().init(Tile::kConsumers / 32 * a.share_x, warp, 4);
+    weights().init(Tile::kWarps * a.share_w, warp, 4);
+    x().init(Tile::kWarps * a.share_x, warp, 4);
     if (warp == 3) ptx::mbarrier_init(reduced(), 1);
     ptx::fence_mbarrier_init();
-    if (warp == 3 && splits()) {
-      const int columns = share_begin(Tile::kColumns, rank + 1, a.ctas) - share_begin(Tile::kColumns, rank, a.ctas);
-      ptx::mbarrier_arrive_expect_tx(reduced(), columns * Tile::kRows * 8 * 4 * (a.ctas - 1));
-    }
   }
 
   // All copies of weights: the rows of this CTA's tile, or of a row of tiles its share for all of them.
   __device__ void produce_weights() const {
     const int rows = Tile::kRows / a.share_w, mine = token * rows;
     uint16_t ctas = 0;
-    for (int other = 0; other < a.share_w; ++other) ctas |= 1 << (row + a.share_x * other);
+    for (int other = 0; other < a.share_w; ++other) ctas |= 1 << beside(row, other);
     Ring ring = weights();
     for (int index = cluster; index < pieces(); index += clusters) {
       const Work work = this->work(index);
-      if (a.share_w > 1 && work.whole()) {
+      if (a.share_w > 1 && work.tiles > 1) {
         const int n = work.row0 + mine;
         for (int kt = work.k_begin; kt < work.k_end; ++kt, ring.advance()) {
           ring.claim();
@@ -183,12 +194,12 @@ struct Cta {
   // The same for x.
   __device__ void produce_x() const {
     const int tokens = Tile::kTokens / a.share_x, mine = row * tokens;
-    const uint16_t ctas = ((1 << a.share_x) - 1) << (a.share_x * token);
+    const uint16_t ctas = ((1 << a.share_x) - 1) << beside(0, token);
     Ring ring = x();
     for (int index = cluster; index < pieces(); index += clusters) {
       const Work work = this->work(index);
       const int end = 128 * work.k_end;
-      if (a.share_x > 1 && work.whole()) {
+      if (a.share_x > 1 && work.tiles > 1) {
         for (int k = 128 * work.k_begin; k < end; k += 64 * Tile::kXBoxes, ring.advance()) {
           ring.claim();
 #pragma unroll

@@ -62,6 +62,22 @@ __device__ inline int cluster_ctarank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+// Place in the cluster.
+__device__ inline int cluster_ctaid_x() {
+  int id;
+  asm volatile("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(id));
+  return id;
+}
+__device__ inline int cluster_ctaid_y() {
+  int id;
+  asm volatile("mov.u32 %0, %%cluster_ctaid.y;" : "=r"(id));
+  return id;
+}
+__device__ inline int cluster_ctaid_z() {
+  int id;
+  asm volatile("mov.u32 %0, %%cluster_ctaid.z;" : "=r"(id));
+  return id;
+}
 __device__ inline int clusterid_x() {
   int id;
   asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
@@ -79,15 +95,20 @@ __device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// `bytes` (a multiple of 16) of this CTA's shared memory to another's, counted by a barrier there.
-__device__ inline void cp_async_bulk_to_cluster(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "r"(from), "r"(bytes), "r"(barrier)
-               : "memory");
+// Store to the cluster's shared memory, counted by a barrier there.
+__device__ inline void st_async_v4(uint32_t address, float a, float b, float c, float d, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
+      : "memory");
 }
 
 __device__ inline void bar_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ inline void bar_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // ---- Registers
@@ -112,10 +133,6 @@ __device__ inline uint2 ld_shared_v2(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
   return v;
-}
-
-__device__ inline void st_shared_v4(uint32_t address, float a, float b, float c, float d) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
 __device__ inline uint4 ld_shared_v4(uint32_t address) {

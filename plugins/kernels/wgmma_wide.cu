@@ -8,4 +8,6 @@ void esparse::wgmma::add_wide(std::vector<Kernel>& kernels) {
   kernels.push_back(kernel<3, 1, 256>());
   kernels.push_back(kernel<2, 1, 256>());
   kernels.push_back(kernel<2, 2, 192>());
+  kernels.push_back(kernel<2, 2, 128, true>());
+  kernels.push_back(kernel<2, 2, 192, true>());
 }

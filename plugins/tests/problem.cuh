@@ -31,6 +31,9 @@ struct Case {
   esparse_dtype dtype;
   Numbers numbers;
   bool bias, permutation;
+  esparse_activation activation = ESPARSE_NO_ACTIVATION;
+
+  int64_t columns() const { return activation ? n / 2 : n; }  // of y
 };
 
 constexpr int64_t kGuard = 1024;  // elements of two bytes
@@ -80,11 +83,8 @@ static __global__ void fill_permutation(int32_t* out, int64_t k, int64_t factor)
   if (i < k) out[i] = static_cast<int32_t>((i * factor + k / 3) % k);
 }
 
-// y in fp64, rounded once to fp32. Threads are 32 rows by 8 tokens, so that a row's values are read once from L1.
 template <typename T>
-__global__ void exact(esparse_gemm p, const T* x, float* y) {
-  const int64_t n = blockIdx.x * int64_t{32} + threadIdx.x, m = blockIdx.y * int64_t{8} + threadIdx.y;
-  if (n >= p.n || m >= p.m) return;
+__device__ double exact_sum(const esparse_gemm& p, const T* x, int64_t m, int64_t n) {
   const T* values = static_cast<const T*>(p.values) + n * (p.k / 2);
   double sum = p.bias ? static_cast<double>(static_cast<float>(static_cast<const T*>(p.bias)[n])) : 0.;
   for (int64_t chunk = 0; chunk < p.k / 4; ++chunk) {
@@ -96,7 +96,24 @@ __global__ void exact(esparse_gemm p, const T* x, float* y) {
       sum += static_cast<double>(value) * static_cast<float>(values[2 * chunk + slot]);
     }
   }
-  y[m * p.n + n] = static_cast<float>(sum);
+  return sum;
+}
+
+__device__ inline double exact_activation(esparse_activation activation, double gate) {
+  if (activation == ESPARSE_SWIGLU) return gate / (1 + exp(-gate));
+  return gate / 2 * (1 + tanh(sqrt(2 / M_PI) * (gate + 0.044715 * gate * gate * gate)));
+}
+
+// y in fp64, rounded once to fp32. Threads are 32 columns by 8 tokens, so that a row's values are read once from L1.
+template <typename T>
+__global__ void exact(esparse_gemm p, const T* x, float* y) {
+  const int64_t columns = p.activation ? p.n / 2 : p.n;
+  const int64_t n = blockIdx.x * int64_t{32} + threadIdx.x, m = blockIdx.y * int64_t{8} + threadIdx.y;
+  if (n >= columns || m >= p.m) return;
+  const int64_t row = p.activation ? n / 8 * 16 + n % 8 : n;
+  double sum = exact_sum(p, x, m, row);
+  if (p.activation) sum = exact_activation(p.activation, sum) * exact_sum(p, x, m, row + 8);
+  y[m * columns + n] = static_cast<float>(sum);
 }
 
 // What runs in front of the kernel under test: x arrives, y and the workspace are poisoned, all of it late.
@@ -182,17 +199,17 @@ class Problem {
         x_(c.m * c.k, stream),
         values_(c.n * c.k / 2, stream),
         bias_(c.n, stream),
-        y_(c.m * c.n + 2 * kGuard, stream),
+        y_(c.m * c.columns() + 2 * kGuard, stream),
         workspace_(static_cast<int64_t>(workspace_bytes) / 2 + kGuard, stream),
         metadata_(esparse::metadata_words(c.n, c.k), stream),
         permutation_(c.k, stream),
-        expected_(c.m * c.n, stream) {
+        expected_(c.m * c.columns(), stream) {
     c.dtype == ESPARSE_FP16 ? make<__half>() : make<__nv_bfloat16>();
   }
 
   esparse_gemm gemm() const {
     esparse_gemm p{};
-    p.m = case_.m, p.n = case_.n, p.k = case_.k, p.dtype = case_.dtype;
+    p.m = case_.m, p.n = case_.n, p.k = case_.k, p.dtype = case_.dtype, p.activation = case_.activation;
     p.x = x_.get(), p.values = values_.get(), p.metadata = metadata_.get(), p.y = y_.get() + kGuard;
     if (case_.bias) p.bias = bias_.get();
     if (case_.permutation) p.permutation = permutation_.get();
@@ -203,7 +220,7 @@ class Problem {
 
   // Enqueue what must precede the kernel under test, which uses `workspace_bytes` of the workspace.
   void before(size_t workspace_bytes, bool programmatic) const {
-    const int64_t y_count = case_.m * case_.n + 2 * kGuard, workspace_count = workspace_bytes / 2 + kGuard;
+    const int64_t y_count = case_.m * case_.columns() + 2 * kGuard, workspace_count = workspace_bytes / 2 + kGuard;
     arrive<<<blocks(std::max(y_count, case_.m * case_.k)), kThreads, 0, stream_>>>(
         x_source_.get(), x_.get(), case_.m * case_.k, y_.get(), y_count, workspace_.get(), workspace_count,
         programmatic);
@@ -212,7 +229,7 @@ class Problem {
   // From now on the present output is what every later one is compared with.
   void expect_present_output() const {
     const auto kernel = case_.dtype == ESPARSE_FP16 ? to_float<__half> : to_float<__nv_bfloat16>;
-    const int64_t count = case_.m * case_.n;
+    const int64_t count = case_.m * case_.columns();
     kernel<<<static_cast<unsigned>(esparse::ceil_div(count, kThreads)), kThreads, 0, stream_>>>(y_.get() + kGuard,
                                                                                                 expected_.get(), count);
   }
@@ -220,9 +237,10 @@ class Problem {
   // Enqueue the comparison; `outcome` is on the device, zeroed by the caller.
   void after(size_t workspace_bytes, Outcome* outcome) const {
     const auto kernel = case_.dtype == ESPARSE_FP16 ? compare<__half> : compare<__nv_bfloat16>;
-    kernel<<<blocks(case_.m * case_.n), kThreads, 0, stream_>>>(y_.get(), expected_.get(), case_.m * case_.n,
-                                                                workspace_.get() + workspace_bytes / 2, x_.get(),
-                                                                case_.m * case_.k, outcome);
+    const int64_t count = case_.m * case_.columns();
+    kernel<<<blocks(count), kThreads, 0, stream_>>>(y_.get(), expected_.get(), count,
+                                                    workspace_.get() + workspace_bytes / 2, x_.get(),
+                                                    case_.m * case_.k, outcome);
   }
 
  private:
@@ -234,7 +252,7 @@ class Problem {
   void make() {
     const auto grid = [](int64_t count) { return static_cast<unsigned>(esparse::ceil_div(count, kThreads)); };
     const auto typed = [](const auto& buffer) { return reinterpret_cast<T*>(buffer.get()); };
-    const auto [m, n, k, dtype, numbers, bias, permutation] = case_;
+    const auto [m, n, k, dtype, numbers, bias, permutation, activation] = case_;
     fill<<<grid(m * k), kThreads, 0, stream_>>>(typed(x_source_), m * k, kSeedX, numbers, 1.f);
     fill<<<grid(n * k / 2), kThreads, 0, stream_>>>(typed(values_), n * k / 2, kSeedValues, numbers, 0.05f);
     fill<<<grid(n), kThreads, 0, stream_>>>(typed(bias_), n, kSeedBias, numbers, 1.f);
@@ -242,7 +260,7 @@ class Problem {
     int64_t factor = k * 5 / 8 + 1;
     while (std::gcd(factor, k) != 1) ++factor;
     fill_permutation<<<grid(k), kThreads, 0, stream_>>>(permutation_.get(), k, factor);
-    const dim3 threads(32, 8), tiles(static_cast<unsigned>(esparse::ceil_div(n, 32)),
+    const dim3 threads(32, 8), tiles(static_cast<unsigned>(esparse::ceil_div(case_.columns(), 32)),
                                      static_cast<unsigned>(esparse::ceil_div(m, 8)));
     exact<T><<<tiles, threads, 0, stream_>>>(gemm(), typed(x_source_), expected_.get());
     REQUIRE_CUDA(cudaMemsetAsync(x_.get(), 0xFF, m * k * 2, stream_));

@@ -7,14 +7,14 @@
 # memcheck and initcheck take seconds for a family. racecheck takes that long for one kernel, so it gets one of each
 # structure, and it leaves out the kernels that make and compare the data. Not of wgmma's tiles of 128 tokens and more,
 # which had not ended under it after four minutes. It does not see what the TMA unit copies, for which there is
-# test_candidates --stress.
+# test_candidates --stress. With --launch-count it fails by itself ("failed to handle a hardware exception") and counts
+# that as a hazard (compute-sanitizer of CUDA 13.0).
 set -u
 test=${1:?usage: $0 TEST_CANDIDATES [FAMILY ...]}
 shift
 [ $# -gt 0 ] || set -- decode_ wgmma_ cutlass_ ampere_ reference
-races="decode_r2k4u6_s2 decode_r8k1u4_s1 decode_r16k1u2_s4 wgmma_n64m32_s2_o2 wgmma_n64m64_s4_o2 wgmma_n128m64_x2_w2
-  cutlass_128x128_c12_w1m cutlass_128x128_pingpong_c12_w1m cutlass_256x128_c12_w1m cutlass_128x64_streamk_c11_w1m
-  ampere_64x64 reference"
+races="decode_r2k4u6_s2 decode_r8k1u4_s1 decode_r16k1u2_s4 wgmma_n64m32_s2_o2 wgmma_n64m64_s2_x4 wgmma_n128m64_x2_w2
+  cutlass_128x128_c12_w1m cutlass_256x128_c12_w1m cutlass_128x64_streamk_c11_w1m ampere_64x64 reference"
 failed=0
 
 check() {  # FILTER TOOL [OPTION ...]

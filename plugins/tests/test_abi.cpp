@@ -35,6 +35,10 @@ void test_arguments() {
   p = valid(), p.n = 12, expect(p, ESPARSE_NOT_SUPPORTED, "n is 12");
   p = valid(), p.k = 48, expect(p, ESPARSE_NOT_SUPPORTED, "k is 48");
   p = valid(), p.dtype = static_cast<esparse_dtype>(7), expect(p, ESPARSE_INVALID_ARGUMENT, "dtype is 7");
+  p = valid(), p.activation = static_cast<esparse_activation>(3);
+  expect(p, ESPARSE_INVALID_ARGUMENT, "activation is 3");
+  p = valid(), p.n = 72, p.activation = ESPARSE_SWIGLU, expect(p, ESPARSE_NOT_SUPPORTED, "n is 72");
+  p = valid(), p.activation = ESPARSE_GEGLU, expect(p, ESPARSE_SUCCESS, "");
   p = valid(), p.x = nullptr, expect(p, ESPARSE_INVALID_ARGUMENT, "x is null");
   p = valid(), p.y = buffer + 2, expect(p, ESPARSE_INVALID_ARGUMENT, "y is");
   p = valid(), p.metadata = nullptr, expect(p, ESPARSE_INVALID_ARGUMENT, "metadata is null");

@@ -1,5 +1,6 @@
-// Every candidate of the library on every shape that it supports: integers bitwise exact, random data within a
-// relative error, guard bands intact. A problem and its exact result are made once and shared by all candidates.
+// Every candidate of the library on every shape that it supports: integers bitwise exact, random data, also through an
+// activation, within a relative error, guard bands intact. A problem and its exact result are made once and shared by
+// all candidates.
 //
 //   test_candidates [--quick | --tiny] [--filter SUBSTRING] [--stress REPLAYS]
 //
@@ -29,9 +30,10 @@ struct Shape {
 
 // Around every tile size of every kernel, absent rows and channels included.
 std::vector<Shape> small_shapes(bool quick, bool tiny) {
-  if (tiny) return {{136, 416}, {520, 1056}};
-  std::vector<int64_t> rows{8, 24, 64, 72, 128, 136, 256, 264, 520}, channels{32, 96, 128, 160, 256, 416, 1024, 1056};
-  if (quick) rows = {8, 136, 512}, channels = {32, 416, 1024};
+  if (tiny) return {{136, 416}, {528, 1056}};
+  std::vector<int64_t> rows{8, 24, 48, 64, 72, 128, 136, 256, 272, 520};
+  std::vector<int64_t> channels{32, 96, 128, 160, 256, 416, 1024, 1056};
+  if (quick) rows = {8, 48, 136, 528}, channels = {32, 416, 1024};
   std::vector<Shape> shapes;
   for (const int64_t n : rows)
     for (const int64_t k : channels) shapes.push_back({n, k});
@@ -53,7 +55,7 @@ struct Large {
 // The last two leave a few tiles over when every cluster of 132 multiprocessors has done as many as the others, so that
 // the wgmma kernels split the K of these: those with tiles of 64 tokens, then those with larger ones.
 std::vector<Large> large_shapes(bool quick) {
-  if (quick) return {{{4096, 4096}, {1, 16, 256}}, {{4232, 1056}, {200}}, {{520, 1056}, {8000, 9000}}};
+  if (quick) return {{{4096, 4096}, {1, 16, 256}}, {{4240, 1056}, {200}}, {{528, 1056}, {8000, 9000}}};
   return {{{4096, 4096}, {1, 2, 4, 8, 16, 32, 64, 256, 1000, 4096}},
           {{4864, 896}, {1, 7, 16, 48, 300}},
           {{896, 4864}, {1, 7, 16, 48, 300}},
@@ -61,8 +63,8 @@ std::vector<Large> large_shapes(bool quick) {
           {{28672, 4096}, {1, 8, 16, 64, 512}},
           {{8192, 28672}, {1, 4, 11, 16, 128}},
           {{128256, 4096}, {1, 16, 64}},
-          {{4232, 1056}, {200}},
-          {{520, 1056}, {8000, 9000}}};
+          {{4240, 1056}, {200}},
+          {{528, 1056}, {8000, 9000}}};
 }
 
 class Sweep {
@@ -88,7 +90,7 @@ class Sweep {
     const bool programmatic = ++problems_ % 2;
     for (const int32_t candidate : able) {
       if (pending_.size() == kSlots) settle();
-      pending_.push_back({c, candidate, programmatic, c.numbers == Numbers::integers});
+      pending_.push_back({c, candidate, programmatic, c.numbers == Numbers::integers && !c.activation});
       run(problem, candidate, programmatic);
       problem.after(bytes_of(problem, candidate), slot());
     }
@@ -162,7 +164,7 @@ class Sweep {
   static esparse_gemm outline(const Case& c) {
     static const int32_t something = 0;
     esparse_gemm p{};
-    p.m = c.m, p.n = c.n, p.k = c.k, p.dtype = c.dtype;
+    p.m = c.m, p.n = c.n, p.k = c.k, p.dtype = c.dtype, p.activation = c.activation;
     if (c.bias) p.bias = &something;
     if (c.permutation) p.permutation = &something;
     return p;
@@ -209,7 +211,7 @@ class Sweep {
       std::snprintf(text, sizeof text, "%llu elements of guard bands overwritten", outcome.overwritten);
     } else if (check.bitwise && outcome.wrong) {
       std::snprintf(text, sizeof text, "%llu of %lld elements are not bitwise right, relative error %.2g",
-                    outcome.wrong, static_cast<long long>(check.c.m * check.c.n), error);
+                    outcome.wrong, static_cast<long long>(check.c.m * check.c.columns()), error);
     } else if (!(error < limit)) {
       std::snprintf(text, sizeof text, "relative error %.2g, the limit is %.2g", error, limit);
     } else {
@@ -221,10 +223,12 @@ class Sweep {
   static std::string describe(const Check& check) {
     const auto& [c, candidate, programmatic, bitwise] = check;
     char text[256];
-    std::snprintf(text, sizeof text, "%s m=%lld n=%lld k=%lld %s %s%s%s%s", esparse_candidate_name(candidate),
+    static const char* const activations[] = {"", " swiglu", " geglu"};
+    std::snprintf(text, sizeof text, "%s m=%lld n=%lld k=%lld %s %s%s%s%s%s", esparse_candidate_name(candidate),
                   static_cast<long long>(c.m), static_cast<long long>(c.n), static_cast<long long>(c.k),
                   c.dtype == ESPARSE_FP16 ? "fp16" : "bf16", c.numbers == Numbers::integers ? "integers" : "normal",
-                  c.bias ? " bias" : "", c.permutation ? " permutation" : "", programmatic ? " programmatic" : "");
+                  activations[c.activation], c.bias ? " bias" : "", c.permutation ? " permutation" : "",
+                  programmatic ? " programmatic" : "");
     return text;
   }
 
@@ -247,15 +251,21 @@ class Sweep {
   long problems_ = 0, failures_ = 0;
 };
 
-// Types, kinds of numbers, bias and permutation in turn, so that every candidate meets every combination.
+// Types, kinds of numbers, bias, permutation and activation in turn, so that every candidate meets every combination.
+// Integers have none: what comes of them does not fit fp16.
 void sweep(Sweep& sweep, Shape shape, const std::vector<int64_t>& batches) {
   static uint32_t turn = 0;
-  for (const int64_t m : batches)
-    for (const auto numbers : {Numbers::integers, Numbers::normal}) {
-      const uint32_t mix = hash(turn++, 0);
-      const auto dtype = mix & 1 ? ESPARSE_BF16 : ESPARSE_FP16;
-      sweep.check({m, shape.n, shape.k, dtype, numbers, (mix & 2) != 0, (mix & 4) != 0});
-    }
+  const auto check = [&](int64_t m, Numbers numbers, bool activated) {
+    const uint32_t mix = hash(turn++, 0);
+    const auto dtype = mix & 1 ? ESPARSE_BF16 : ESPARSE_FP16;
+    const auto activation = !activated ? ESPARSE_NO_ACTIVATION : mix & 8 ? ESPARSE_GEGLU : ESPARSE_SWIGLU;
+    sweep.check({m, shape.n, shape.k, dtype, numbers, (mix & 2) != 0, (mix & 4) != 0, activation});
+  };
+  for (const int64_t m : batches) {
+    check(m, Numbers::integers, false);
+    check(m, Numbers::normal, false);
+    if (shape.n % 16 == 0) check(m, Numbers::normal, true);
+  }
 }
 
 Options parse(int argc, char** argv) {
@@ -296,8 +306,10 @@ int main(int argc, char** argv) {
 
   Sweep all(options, stream);
   if (options.stress) {
-    for (const int64_t m : {1, 16, 64})
+    for (const int64_t m : {1, 16, 64, 300})
       all.stress({m, 520, 4096, ESPARSE_FP16, Numbers::normal, true, false}, options.stress);
+    // Several tiles for each CTA, some of them left over.
+    all.stress({8000, 528, 1056, ESPARSE_FP16, Numbers::normal, true, false}, options.stress / 10);
   } else {
     for (const Shape shape : small_shapes(options.quick, options.tiny))
       sweep(all, shape, small_batches(options.quick, options.tiny));

@@ -39,6 +39,7 @@ def test_candidates_have_names_that_stay(kernels):
         (Problem(1, 4096, 48), "k is 48, must be a positive multiple of 32"),
         (Problem(1, 12, 4096), "n is 12, must be a positive multiple of 8"),
         (Problem(65537, 64, 64), "m is 65537"),
+        (Problem(1, 72, 64, activation="swiglu"), "n is 72, must be a multiple of 16 with an activation"),
     ],
 )
 def test_what_the_layout_cannot_hold_is_refused_by_name(kernels, problem, reason):
@@ -47,15 +48,26 @@ def test_what_the_layout_cannot_hold_is_refused_by_name(kernels, problem, reason
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("extra", [{}, {"bias": True}, {"permutation": True}], ids=str)
+@pytest.mark.parametrize(
+    "extra", [{}, {"bias": True}, {"permutation": True}, {"activation": "geglu"}], ids=str
+)
 @pytest.mark.parametrize("gpu", [Gpu(80, 108), Gpu(89, 128), H100, Gpu(120, 170)], ids=str)
 def test_there_is_a_default_for_every_problem_and_it_runs(kernels, dtype, extra, gpu):
     for m in (1, 2, 9, 16, 17, 64, 65, 100, 256, 1000, 65536):
-        for n, k in ((8, 32), (72, 160), (896, 4864), (4096, 4096), (4096, 14336), (57344, 8192)):
+        for n, k in ((16, 32), (80, 160), (896, 4864), (4096, 4096), (4096, 14336), (57344, 8192)):
             problem = Problem(m, n, k, dtype, **extra)
             chosen = kernels.default(problem, gpu)
             assert chosen is not None
             assert kernels.why_not(problem, chosen, gpu) is None
+
+
+def test_who_has_no_activation_says_so(kernels):
+    problem = Problem(64, 4096, 4096, activation="swiglu")
+    able = {name.partition("_")[0] for name in kernels.supporting(problem, H100)}
+    assert able == {"wgmma", "ampere", "reference"}
+    assert "16 rows" in kernels.why_not(Problem(1, 4096, 4096, activation="geglu"), "decode_r1k8u8_s2", H100)
+    with pytest.raises(EsparseError, match="no activation 'relu'"):
+        kernels.supporting(Problem(1, 64, 64, activation="relu"), H100)
 
 
 def test_the_permutation_needs_scratch_memory_only_where_the_kernel_does_not_read_through_it(kernels):
@@ -81,6 +93,8 @@ def test_tensors_that_do_not_fit_are_refused_by_name(kernels):
         kernels.bind(x, layer.values.bfloat16(), layer.metadata, y)
     with pytest.raises(EsparseError, match=r"y is torch.float16 \[2, 64\]"):
         kernels.bind(x, layer.values, layer.metadata, y[:2])
+    with pytest.raises(EsparseError, match=r"y is torch.float16 \[3, 64\].* must be torch.float16 \[3, 32\]"):
+        kernels.bind(x, layer.values, layer.metadata, y, activation="swiglu")
     with pytest.raises(EsparseError, match=r"permutation is torch\.int64"):
         kernels.bind(x, layer.values, layer.metadata, y, permutation=torch.arange(128))
     with pytest.raises(EsparseError, match="x is not contiguous"):
@@ -142,11 +156,16 @@ def test_every_candidate_gives_the_dense_product(kernels, dtype):
     x, bias = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(n, device="cuda", dtype=dtype)
     permutation = torch.randperm(k, device="cuda").int()
     expected = x[:, permutation].double() @ layer.dense.double().t() + bias
-    y = torch.empty(m, n, device="cuda", dtype=dtype)
-    gemm = kernels.bind(x, layer.values, layer.metadata, y, bias=bias, permutation=permutation)
+    gate, up = expected.unflatten(-1, (-1, 2, 8)).unbind(-2)
+    gated = (torch.nn.functional.silu(gate) * up).flatten(-2)
     limit = 2e-3 if dtype == torch.float16 else 1e-2
-    for candidate in kernels.supporting(gemm.problem, kernels.current_gpu()):
-        y.fill_(float("nan"))
-        gemm.run(candidate, kernels.workspace(gemm.problem, candidate))
-        error = (y - expected).norm() / expected.norm()
-        assert error <= limit, candidate
+    for activation, wanted in ((None, expected), ("swiglu", gated)):
+        y = torch.empty_like(wanted, dtype=dtype)
+        gemm = kernels.bind(
+            x, layer.values, layer.metadata, y, bias=bias, permutation=permutation, activation=activation
+        )
+        for candidate in kernels.supporting(gemm.problem, kernels.current_gpu()):
+            y.fill_(float("nan"))
+            gemm.run(candidate, kernels.workspace(gemm.problem, candidate))
+            error = (y - wanted).norm() / wanted.norm()
+            assert error <= limit, candidate

@@ -139,6 +139,8 @@ def test_a_decode_step_by_hand(llama_7b):
     read = 1e3 * cache / (RUNTIME.attention_bandwidth * 3.35e12)
     assert cell.decode.dense.attention == cell.decode.sparse.attention == pytest.approx(read)
     assert cell.decode.dense.other == pytest.approx((RUNTIME.step_us + 32 * RUNTIME.block_us) / 1e3)
+    hidden = 32e-3 * 4 * RUNTIME.overlap_us  # four packed GEMMs a block
+    assert cell.decode.sparse.other == pytest.approx(cell.decode.dense.other - hidden)
     assert cell.cache_bytes == 2 * 2 * 4096 * 32 * 640
 
 
@@ -146,9 +148,11 @@ def test_a_prefill_by_hand(llama_7b):
     (cell,) = of(llama_7b, traffic=[Traffic(batch=1, prompt=4096)]).cells
     multiplied = 4 * 4096 * (4096**2 / 2) * 32 / (RUNTIME.attention_tensor * 989.4e12)
     assert cell.prefill.sparse.attention == pytest.approx(1e3 * multiplied)
-    moved = 2 * 4096 * (8 * 4096 + 2 * 4096 + 4 * 4096 + 3 * 11008)
-    activations = 1e3 * moved / (RUNTIME.activation_bandwidth * 3.35e12)
-    assert cell.prefill.sparse.other == pytest.approx(RUNTIME.step_us / 1e3 + 32 * activations)
+    glue = 8 * 4096 + 2 * 4096 + 4 * 4096
+    ms_per_channel = 1e3 * 2 * 4096 / (RUNTIME.activation_bandwidth * 3.35e12)
+    for side, more in ((cell.prefill.dense, 3 * 11008), (cell.prefill.sparse, 2 * 4096)):
+        activations = 32 * (glue + more) * ms_per_channel
+        assert side.other == pytest.approx(RUNTIME.step_us / 1e3 + activations)
 
 
 def test_grouped_query_attention_reads_less():
@@ -165,7 +169,6 @@ def test_longer_and_larger_never_takes_less_time(llama_7b, gpu):
         for side in ("dense", "sparse"):
             times = [getattr(getattr(cell, phase), side).total for cell in cells]
             assert times == sorted(times)
-    assert all(cell.decode.limit >= cell.decode.speedup for cell in cells)
 
 
 def test_the_gain_of_decoding_fades_with_the_cache(llama_7b):

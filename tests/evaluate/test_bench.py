@@ -124,7 +124,8 @@ def gpu(monkeypatch) -> SimpleNamespace:
         state.checks += 1
         return LogitsCheck(steps=256, error=2e-3, worst=3e-3)
 
-    def layers(found, tokens, dtype, ceilings):
+    def layers(found, tokens, batches, dtype, ceilings):
+        assert set(batches) <= set(tokens)
         state.layers.append(tokens)
         row = make_bench([]).layers[0]
         times = [row.times[0].model_copy(update={"m": m}) for m in tokens]

@@ -8,7 +8,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "plugins" / "bench"
 NAMES = (
     "decode_r2k4u6_s1", "wgmma_n64m64_s2_o2", "wgmma_n128m256_x2", "wgmma_n256m192_w2",
-    "cutlass_128x128_c12_w1m", "cutlass_256x128_c12_w1n", "cutlass_128x128_pingpong_c12_w1m",
+    "cutlass_128x128_c12_w1m", "cutlass_256x128_c12_w1n", "wgmma_n128m192_pingpong_x2",
     "cutlass_128x64_streamk_c11_w1m",
 )  # fmt: skip
 
@@ -38,7 +38,8 @@ def test_a_name_says_what_the_tile_is(fit):
         wgmma, 128, 64, share_x=2, share_w=4, divides_rest=True
     )
     assert fit.parse("cutlass_256x128_c12_w1n") == fit.Tile(cutlass, 256, 128, share_w=2, rows_first=True)
-    assert fit.parse("cutlass_128x128_pingpong_c12_w2m") == fit.Tile(pingpong, 128, 128, share_w=2)
+    assert fit.parse("wgmma_n128m64_s2_x2_w2") == fit.Tile(wgmma, 128, 64, split=2, share_x=2, share_w=2)
+    assert fit.parse("wgmma_n128m192_pingpong_x2") == fit.Tile(pingpong, 128, 192, share_x=2)
     assert fit.parse("cutlass_128x64_streamk_c11_w1m") == fit.Tile(stream_k, 128, 64, stream_k=True)
     assert fit.parse("reference") is None
 
@@ -50,6 +51,8 @@ def test_a_name_says_what_the_tile_is(fit):
         ("wgmma_n64m64_s2_o2", 132, 1),
         ("wgmma_n64m64_s4_o2", 60, 1),  # as many clusters of 4 fit
         ("wgmma_n64m64_s4_o2", 61, 2),
+        ("wgmma_n128m64_s3_w2", 17, 1),
+        ("wgmma_n128m64_s3_w2", 18, 2),
         ("wgmma_n128m128_x2", 66 + 33, 1.5),  # what is left, one tile for each cluster, is split
         ("wgmma_n128m128_x2", 66 + 34, 2),
         ("wgmma_n128m128_x2", 30, 1),

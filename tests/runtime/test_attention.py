@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from esparse_trt.errors import EsparseError
 from esparse_trt.runtime import compile as compiling
@@ -57,13 +58,31 @@ def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, fir
     return output
 
 
+@pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize("position", [0, 4, 11])
-def test_one_token_sees_the_cache_up_to_its_position(position: int) -> None:
+@pytest.mark.parametrize("rotated", [False, True])
+def test_one_token_sees_the_cache_up_to_its_position(position: int, placed: bool, rotated: bool) -> None:
     torch.manual_seed(0)
     query = torch.randn(2, 4, 1, 8)
     keys, values = torch.randn(2, 2, 2, 12, 8)
-    found = decode_attention(query, keys, values, torch.tensor([position]), 8**-0.5)
-    torch.testing.assert_close(found, reference(query, keys, values, position))
+    new = [slots[:, :, position : position + 1].clone() for slots in (keys, values)]
+    angles = [None, None]
+    raw = query
+    if rotated:
+        angle = torch.rand(1, 1, 4).repeat(1, 1, 2)
+        angles = [angle.cos(), angle.sin()]
+        query, keys[:, :, position : position + 1] = apply_rotary_pos_emb(query, new[0], *angles)
+    expected = reference(query, keys, values, position)
+    written = [slots[:, :, position].clone() for slots in (keys, values)]
+    slots = [slots.index_fill(2, torch.arange(position, 12), torch.nan) for slots in (keys, values)]
+    places = torch.randperm(32).int() if placed else None
+    found = decode_attention(raw, *new, *slots, torch.tensor([position]), 8**-0.5, places, *angles)
+    if placed:
+        found = found.flatten(1)[:, places].view_as(expected)
+    torch.testing.assert_close(found, expected)
+    for slot, here in zip(slots, written, strict=True):
+        torch.testing.assert_close(slot[:, :, position], here)
+        assert slot[:, :, position + 1 :].isnan().all(), "nothing else is written"
 
 
 def test_prompt_attention_is_causal_and_leaves_the_rest_of_the_cache_out() -> None:
@@ -74,13 +93,18 @@ def test_prompt_attention_is_causal_and_leaves_the_rest_of_the_cache_out() -> No
     torch.testing.assert_close(found, reference(query, keys, values, 0))
 
 
-def test_slots_are_written_at_the_position() -> None:
+@pytest.mark.parametrize("deferred", [False, True])
+def test_slots_are_written_at_the_position(deferred: bool) -> None:
     position = torch.tensor([0])
-    slots = Slots(6, position)
+    slots = Slots(6, position, deferred=deferred)
     slots.lazy_initialization(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
     slots.update(torch.ones(1, 1, 3, 2), 2 * torch.ones(1, 1, 3, 2), 0)
     position.fill_(4)
     keys, values = slots.update(3 * torch.ones(1, 1, 1, 2), 4 * torch.ones(1, 1, 1, 2), 0)
+    if deferred:
+        query, mask = torch.zeros(1, 1, 1, 2), position.view(1, 1, 1, 1)
+        attend(torch.nn.Module(), query, keys, values, mask)
+        keys, values = keys.slots, values.slots
     assert keys[0, 0, :, 0].tolist() == [1, 1, 1, 0, 3, 0]
     assert values[0, 0, :, 0].tolist() == [2, 2, 2, 0, 4, 0]
 

@@ -15,10 +15,10 @@ from esparse_trt.graph import es24
 from esparse_trt.graph.groups import as_numpy
 from esparse_trt.runtime import ops
 from esparse_trt.runtime.decode import Decoder, generate
-from esparse_trt.runtime.linear import Merged, SparseLinear
+from esparse_trt.runtime.linear import GatedMlp, Merged, SparseLinear
 from esparse_trt.runtime.load import merge, pack_model
 from esparse_trt.runtime.ops import sparse_gemm
-from esparse_trt.runtime.packing import pack
+from esparse_trt.runtime.packing import interleave, pack
 
 CONFIG = LlamaConfig(
     hidden_size=128,
@@ -59,6 +59,25 @@ def test_packed_layer_is_the_linear_layer(bias: bool, permuted: bool) -> None:
     assert layer.weight_bytes < 0.75 * weight.nbytes
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("name", "activation"), [("swiglu", nn.SiLU()), ("geglu", nn.GELU(approximate="tanh"))]
+)
+def test_packed_gate_and_up_apply_the_activation(bias: bool, name: str, activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    gate, up = (nn.Linear(384, 104, bias).double() for _ in range(2))
+    for layer in (gate, up):
+        layer.weight.data = two_of_four(integers(104, 384)).double() / 8
+        if bias:
+            layer.bias.data = integers(104).double()
+    x = integers(2, 3, 384)
+    joined = interleave(gate.bias, up.bias).bfloat16() if bias else None
+    layer = SparseLinear.pack(interleave(gate.weight, up.weight).bfloat16(), joined, activation=name)
+    found, expected = layer(x).double(), activation(gate(x.double())) * up(x.double())
+    assert found.shape == (2, 3, 104)
+    assert (found - expected).norm() / expected.norm() < 1e-2
+
+
 @pytest.mark.parametrize("shape", [(64, 128), (200, 416), (72, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_packing_on_the_device_gives_the_same_words(shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -94,7 +113,9 @@ def test_wrong_inputs_are_named() -> None:
 
 def test_operator_traces_without_running() -> None:
     layer = SparseLinear.pack(two_of_four(integers(64, 128)))
-    torch.library.opcheck(sparse_gemm, (integers(5, 128), layer.values, layer.metadata, None, None))
+    for activation in (None, "swiglu"):
+        arguments = (integers(5, 128), layer.values, layer.metadata, None, None, activation)
+        torch.library.opcheck(sparse_gemm, arguments)
 
 
 def test_members_share_one_gemm_in_any_order() -> None:
@@ -153,9 +174,22 @@ def test_packed_model_is_the_pruned_model(permuted_model) -> None:
     assert linears == ["lm_head"]
     packed = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     assert len(packed) == 2 * 4
+    assert all(isinstance(block.mlp, GatedMlp) for block in model.model.layers)
     for name, layer in packed.items():
         folded = "o_proj" in name or "down_proj" in name
         assert (layer.permutation is None) == folded, name
+
+
+def test_an_activation_that_kernels_lack_stays_between_the_gemms(permuted_model) -> None:
+    model, orders = permuted_model
+    for block in model.model.layers:
+        block.mlp.act_fn = nn.GELU()  # the exact one
+    ids = torch.randint(0, 96, (2, 9))
+    expected = model(ids).logits
+    pack_model(model, orders, set(orders), "cpu")
+    assert not any(isinstance(module, GatedMlp) for module in model.modules())
+    found = model(ids).logits
+    assert (found - expected).norm() / expected.norm() < 1e-2
 
 
 def test_sites_that_stay_dense_are_one_gemm_too(permuted_model) -> None:

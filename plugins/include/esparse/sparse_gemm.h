@@ -1,4 +1,5 @@
-/* C ABI of the Sparse-GEMM kernels: y[M,N] = x[M,K] * W[N,K]^T + bias, W compressed 2:4 in the layout es24-v1.
+/* C ABI of the Sparse-GEMM kernels: y[M,N] = x[M,K] * W[N,K]^T + bias, W compressed 2:4 in the layout es24-v1; and with
+ * an activation, of layers whose W holds the rows of two layers, y[M,N/2] = act(gate) * up.
  *
  * Nothing here prints, throws or allocates device memory. Every call returns a status; when it is not
  * ESPARSE_SUCCESS, the message says which argument was wrong and what it was.
@@ -24,17 +25,26 @@ typedef enum {
 
 typedef enum { ESPARSE_FP16 = 0, ESPARSE_BF16 = 1 } esparse_dtype;
 
+/* What becomes of the sums. With an activation, n is a multiple of 16 and W (and the bias) holds, in turn, 8 rows of
+ * gate and the 8 rows of up of the same channels: row 16 i + j is gate's row 8 i + j, row 16 i + 8 + j up's, j < 8. */
+typedef enum {
+  ESPARSE_NO_ACTIVATION = 0,
+  ESPARSE_SWIGLU = 1, /* y = silu(gate) * up */
+  ESPARSE_GEGLU = 2   /* y = gelu(gate) * up, gelu by its approximation with tanh */
+} esparse_activation;
+
 typedef struct {
   int64_t m;                  /* tokens, 1 .. 65536 */
-  int64_t n;                  /* output channels, a multiple of 8 */
+  int64_t n;                  /* rows of W, a multiple of 8 */
   int64_t k;                  /* input channels, a multiple of 32 */
   esparse_dtype dtype;        /* of x, values, bias and y; sums are fp32 */
+  esparse_activation activation;
   const void* x;              /* [M, K] row-major, 16-byte aligned */
   const void* values;         /* [N, K/2] row-major, 16-byte aligned */
   const int32_t* metadata;    /* esparse_metadata_words(n, k) words, 16-byte aligned */
   const void* bias;           /* [N], 16-byte aligned, or null */
   const int32_t* permutation; /* [K], 16-byte aligned, or null: column j of W reads x[:, permutation[j]] */
-  void* y;                    /* [M, N] row-major, 16-byte aligned */
+  void* y;                    /* [M, N], with an activation [M, N/2], row-major, 16-byte aligned */
 } esparse_gemm;
 
 typedef struct {
@@ -75,8 +85,8 @@ ESPARSE_API const char* esparse_kernel_set(void);
 /* The GPU that is current in this thread. */
 ESPARSE_API esparse_status esparse_current_gpu(esparse_gpu* gpu, esparse_message* message);
 
-/* Whether the candidate can run a problem of this m, n, k, dtype, bias and permutation; pointers are only compared
- * with null. ESPARSE_NOT_SUPPORTED with the reason when it cannot. */
+/* Whether the candidate can run a problem of this m, n, k, dtype, activation, bias and permutation; pointers are only
+ * compared with null. ESPARSE_NOT_SUPPORTED with the reason when it cannot. */
 ESPARSE_API esparse_status esparse_supports(const esparse_gemm* problem, const esparse_gpu* gpu, int32_t candidate,
                                             esparse_message* message);
 
@@ -86,7 +96,7 @@ ESPARSE_API int32_t esparse_default_candidate(const esparse_gemm* problem, const
 /* Scratch memory of the candidate for this problem. Nothing in it outlives the call. */
 ESPARSE_API size_t esparse_workspace_bytes(const esparse_gemm* problem, int32_t candidate);
 
-/* Enqueue y = x W^T + bias on the launch's stream, capturable in a CUDA graph. */
+/* Enqueue the problem on the launch's stream, capturable in a CUDA graph. */
 ESPARSE_API esparse_status esparse_gemm_run(const esparse_gemm* problem, int32_t candidate,
                                             const esparse_launch* launch, esparse_message* message);
 
