@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esparse_trt.artifacts import BuildDir, write_atomic
 from esparse_trt.errors import EsparseError
@@ -38,7 +38,7 @@ from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe
 from esparse_trt.sections import TextFile, TextSelf
 from esparse_trt.sparsity.models import family_of
-from esparse_trt.sparsity.prune import Pruned, prune_model
+from esparse_trt.sparsity.prune import Pruned, prune_model, training_tokens
 from esparse_trt.text import evaluation_windows, token_windows, tokens_sha256
 from esparse_trt.variants import VARIANTS, choose, load_grid
 from esparse_trt.workspace import claim
@@ -52,6 +52,7 @@ class _Setting:
 
     fingerprint: str
     path: Path
+    tokenizer: PreTrainedTokenizerBase
     calibration: torch.Tensor
     windows: torch.Tensor
     dense: PreTrainedModel
@@ -75,7 +76,7 @@ def run_ablation(
     Raises:
         EsparseError: no evaluation text, a bad variant, or the folder belongs to another recipe.
     """
-    variants = choose(recipe.prune, load_grid(grid) if grid else VARIANTS, only)
+    variants = choose(recipe.prune, load_grid(grid) if grid else VARIANTS, only, (grid or out).parent)
     folder = BuildDir(out)
     with claim(recipe, folder):
         setting = _prepare(recipe, folder)
@@ -86,12 +87,14 @@ def run_ablation(
                 note(f"{variant.name}: already measured", style="dim", variant=variant.name, status="resumed")
                 continue
             note(variant.name, style="bold", variant=variant.name, status="started")
+            training = training_tokens(section, recipe.calibration, setting.tokenizer)
             start = time.monotonic()
             pruned = prune_model(
                 setting.path,
                 setting.calibration,
                 section,
                 batch_size=recipe.calibration.batch_size,
+                training=training,
                 trust_remote_code=recipe.model.trust_remote_code,
             )
             seconds = time.monotonic() - start
@@ -137,6 +140,7 @@ def _prepare(recipe: Recipe, folder: BuildDir) -> _Setting:
     return _Setting(
         fingerprint=hashlib.sha256("\n".join(shared).encode()).hexdigest(),
         path=path,
+        tokenizer=tokenizer,
         calibration=calibrating,
         windows=windows,
         dense=dense,

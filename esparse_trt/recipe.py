@@ -96,10 +96,10 @@ def parse_recipe(data: dict[str, Any], *, base: Path, where: Path | str = "recip
             where=where,
             fix="correct the recipe; `esparse-trt recipe schema` prints every key with its type",
         ) from error
-    return _resolve_paths(recipe, base.resolve())
+    return resolve_paths(recipe, base.resolve())
 
 
-def _resolve_paths(section: Any, base: Path) -> Any:
+def resolve_paths(section: Any, base: Path) -> Any:
     """A copy of the section with relative paths made absolute from `base`."""
     changes: dict[str, Any] = {}
     for name in type(section).model_fields:
@@ -107,7 +107,7 @@ def _resolve_paths(section: Any, base: Path) -> Any:
         if isinstance(value, Path):
             changes[name] = base / value.expanduser()
         elif isinstance(value, Section):
-            changes[name] = _resolve_paths(value, base)
+            changes[name] = resolve_paths(value, base)
     if isinstance(section, TextDataset) and section.name in BUILDERS and section.data_files:
         changes["data_files"] = [f if "://" in f else str(base / f) for f in section.data_files]
     return section.model_copy(update=changes) if changes else section

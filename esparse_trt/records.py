@@ -136,6 +136,7 @@ class PruneRecord(Record):
     source_sha256: str = Field(description="over the dense model's files")
     calibration_sha256: str = Field(description="over the calibration token ids (int64, little endian)")
     calibration_tokens: int
+    training_sha256: str | None = Field(None, description="SHA-256 over the tokens of recover.distill.text")
     device: str
     layers: list[LayerRecord]
     channels: list[ChannelProfile]

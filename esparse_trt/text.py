@@ -45,8 +45,9 @@ def token_windows(
     length: int,
     seed: int,
     model: PreTrainedModel | None = None,
+    key: str = "calibration",
 ) -> torch.Tensor:
-    """Calibration text: int64 token ids `[samples, length]`, the same for the same seed.
+    """Calibration or training text: int64 token ids `[samples, length]`, the same for the same seed.
 
     Args:
         source: where the text comes from.
@@ -55,6 +56,7 @@ def token_windows(
         length: tokens per window, BOS included.
         seed: of the choice of windows, or of sampling.
         model: the dense model; needed by `source: self` only.
+        key: recipe section that asks for it.
 
     Raises:
         EsparseError: text missing, unreadable, empty or too short; gives the tokens there are and are needed.
@@ -70,9 +72,9 @@ def token_windows(
     stream = _stream(source, tokenizer, limit=limit, shuffle_seed=seed)
     if len(stream) < needed:
         raise EsparseError(
-            f"the calibration text has {len(stream)} tokens; {samples} samples of {length} need {needed}",
+            f"the text has {len(stream)} tokens; {samples} samples of {length} need {needed}",
             where=_where(source),
-            fix=f"use a longer text, or calibration.samples: {len(stream) // body or 1} at most",
+            fix=f"use a longer text, or {key}.samples: {len(stream) // body or 1} at most",
         )
     generator = torch.Generator().manual_seed(seed)
     spare = len(stream) % body

@@ -19,11 +19,13 @@ from pydantic import ValidationError
 
 from esparse_trt.errors import EsparseError
 from esparse_trt.evaluate.ablation import BASELINES
+from esparse_trt.recipe import resolve_paths
 from esparse_trt.recipe_errors import describe
 from esparse_trt.recipe_file import read_yaml
 from esparse_trt.sections import LocalShuffle, PruneSection
 
 _UNPERMUTED = {"global": "none", "local": None, "residual": "none"}
+_MAKE_UP = {"correct": 0.7}
 _OBS = {"method": "obs"}
 _SPARSEGPT = {"method": "obs", "descent": 0, "refit": 0, "correct": 0.0}
 
@@ -56,11 +58,15 @@ VARIANTS = (
     Variant("e_sparse, local off", {"permute": {"local": None}}),
     Variant("e_sparse, local 256", {"permute": {"local": {"block": 256}}}),
     Variant("e_sparse, gather", {"permute": {"attention": "gather"}}),
-    Variant("e_sparse, refined", {"permute": {"refine": {}}}),
-    Variant("e_sparse, refined, gather", {"permute": {"refine": {}, "attention": "gather"}}),
+    Variant("e_sparse, refined", {"permute": {"refine": _MAKE_UP}}),
+    Variant("e_sparse, refined, gather", {"permute": {"refine": _MAKE_UP, "attention": "gather"}}),
+    Variant(
+        "e_sparse, refined, gather, weighed",
+        {"permute": {"refine": _MAKE_UP, "attention": "gather", "rows": "effect"}},
+    ),
     Variant(
         "e_sparse, refined, gather, no correction",
-        {"permute": {"refine": {"correct": 0.0}, "attention": "gather"}},
+        {"permute": {"refine": {}, "attention": "gather"}},
     ),
     Variant("e_sparse, assignment for local", {"permute": {"local": None, "assign": 20}}),
     Variant("e_sparse, objective score", {"permute": {"objective": "score"}}),
@@ -84,9 +90,12 @@ VARIANTS = (
 
 
 def choose(
-    base: PruneSection, variants: Sequence[Variant], only: Iterable[str] | None
+    base: PruneSection, variants: Sequence[Variant], only: Iterable[str] | None, folder: Path
 ) -> list[tuple[Variant, PruneSection]]:
     """The variants that `only` names (default: all), each with its prune section.
+
+    Args:
+        folder: where relative paths in their changes start.
 
     Raises:
         EsparseError: an unknown name, or changes that no prune section takes.
@@ -96,7 +105,8 @@ def choose(
     unknown = [name for name in wanted if name not in names]
     if unknown:
         raise EsparseError(f"no variant is called {unknown[0]!r}", fix=f"choose from: {'; '.join(names)}")
-    return [(variant, section(base, variant)) for variant in variants if variant.name in wanted]
+    chosen = [variant for variant in variants if variant.name in wanted]
+    return [(variant, resolve_paths(section(base, variant), folder.resolve())) for variant in chosen]
 
 
 def load_grid(path: Path) -> tuple[Variant, ...]:
@@ -123,7 +133,7 @@ def section(base: PruneSection, variant: Variant) -> PruneSection:
         "score": {"method": "e_sparse", "information": "entropy"},
         "permute": {
             "global": "deal", "local": local.model_dump(), "assign": 0, "refine": None, "residual": "gather",
-            "attention": "fold", "objective": "error",
+            "attention": "fold", "rows": "equal", "objective": "error",
         },
         "update": {"method": "none"},
         "recover": None,

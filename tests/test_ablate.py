@@ -181,6 +181,15 @@ def test_a_grid_of_ones_own(tiny_recipe: Path, tmp_path: Path):
     assert rows["wanda, refitted"].kl < rows["wanda, 1 of 4"].kl
 
 
+def test_a_grids_paths_start_at_the_grid(tiny_recipe: Path, sample_text: Path, tmp_path: Path):
+    shutil.copy(sample_text, tmp_path / "longer.txt")
+    grid, text = tmp_path / "grid.yaml", "text: { path: longer.txt }, samples: 2"
+    grid.write_text(f"distilled: {{ recover: {{ steps: 0, distill: {{ steps: 1, {text} }} }} }}")
+    found = run_ablation(load_recipe(tiny_recipe), tmp_path / "out", grid=grid, only=["distilled"])
+    (row,) = found.rows
+    assert row.settings["recover.distill.text.path"] == "longer.txt"
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -80,8 +80,10 @@ def test_the_table_of_recipes_is_complete():
     "model",
     [
         "quickstart",
+        "quickstart-cpu",
         "quickstart-updates",
         "qwen2.5-coder-0.5b",
+        "qwen2.5-coder-0.5b-weighed",
         "qwen2.5-coder-0.5b-updates",
     ],
 )

@@ -7,7 +7,8 @@
 
 with w = 2 bytes dense and 9/8 packed, and the stated bandwidth and peak of the GPU (`gpus.py`). `start`, a
 and b were fitted to 215 cells of an H100, by least mean |ln(t / measured)|; `tests/estimate/test_times.py`
-holds how far off it is over the 270 that `tables/h100.json` has. Other GPUs are assumed to reach the same shares.
+holds how far off it is over the 270 that `tables/h100.json` has. Other GPUs are assumed to reach the same
+shares.
 
 **Tables.** At a measured shape the time at M is interpolated between rows (`engine.table.times`), and beyond
 the last row it grows with M, if that has `SATURATED` tokens or more. At another shape the roofline is scaled

@@ -9,9 +9,12 @@ of the way, as all of it fits noise too. Layers differ in what they should put o
     o, down             what the residual stream lacks behind them. With h the stream in front of the block,
                         E = (h_D + D Wᵀ) − (h_X + X Wᵀ), and for `down` with o's outputs added to both
 
-Weights that are to stay as they are leave making up to the permutation, by the same Eᵀ X: see `refine`. The
-share and the stream's part are our own. Where the stream does not take up the outputs as they are, as
-with norms behind them (Gemma 3), every layer is of the first kind.
+The share and the stream's part are our own. Where the stream does not take up the outputs as they are, as
+with norms behind them (Gemma 3), every layer is of the first kind. So it is where weights are to stay as they
+are, which leaves making up to the permutation (see `refine`).
+
+Tokens with massive activations (arXiv 2402.17762; in Qwen2.5 the first of a window, a hundred times as large
+as the others) are left out of E: most of what the stream lacks is theirs, and no later layer can restore it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from esparse_trt.sparsity.hessian import factor
 from esparse_trt.sparsity.layers import PlannedSite
 from esparse_trt.sparsity.models import linear
 
+_MASSIVE = 4.0  # times the median norm
 _ADDS_UP = 1e-2  # share of a token's output that the parts may miss, in float16
 
 
@@ -46,7 +50,12 @@ def corrected(
 
 @torch.no_grad()
 def missing(
-    model: BlockwiseModel, index: int, site: PlannedSite, writers: Sequence[str], dense: Mapping[str, Tensor]
+    model: BlockwiseModel,
+    index: int,
+    site: PlannedSite,
+    writers: Sequence[str],
+    dense: Mapping[str, Tensor],
+    ordinary: Tensor,
 ) -> Tensor:
     """Eᵀ X of a site's pruned layers, stacked: float32 [N, K].
 
@@ -54,9 +63,11 @@ def missing(
         index: a resident block whose sites before this one are pruned.
         writers: the block's layers that the residual stream takes up, in order.
         dense: the block's weights in the dense model.
+        ordinary: bool [T], the tokens that count: see `ordinary_tokens`.
     """
     pruned = [layer.name for layer in site.pruned]
     before = list(writers[: writers.index(site.name) + 1]) if site.name in writers else []
+    start = 0
     sums = torch.zeros(sum(layer.shape[0] for layer in site.pruned), site.channels, device=model.device)
 
     def outputs(hidden: Tensor) -> Tensor:
@@ -72,8 +83,19 @@ def missing(
             with model.with_weights(dense):
                 lacking = outputs(wanted)
             lacking -= outputs(hidden)
+            lacking *= ordinary[start : start + len(lacking)].unsqueeze(1)
+            start += len(lacking)
             sums.addmm_(lacking.T, seen[pruned[0]][0])
     return sums
+
+
+@torch.no_grad()
+def ordinary_tokens(model: BlockwiseModel, index: int) -> Tensor:
+    """Which tokens of the dense model the resident block puts out nothing massive for: bool [T]."""
+    assert model.dense is not None
+    outputs = (model.forward(index, x.to(model.device)) for x in model.dense.split(model.batch_size))
+    sizes = torch.cat([_rows(output).norm(dim=1) for output in outputs])
+    return sizes <= _MASSIVE * sizes.median()
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from esparse_trt.model import (
 from esparse_trt.progress import note, track
 from esparse_trt.recipe import Recipe
 from esparse_trt.records import LayerChoice, PruneRecord
-from esparse_trt.sections import PruneSection, TextSelf
+from esparse_trt.sections import CalibrationSection, PruneSection, TextSelf
 from esparse_trt.sparsity.blockwise import BlockwiseModel
 from esparse_trt.sparsity.budget import choose_layers
 from esparse_trt.sparsity.journal import Journal, save
@@ -40,6 +40,7 @@ def prune_model(
     section: PruneSection,
     *,
     batch_size: int = 8,
+    training: Tensor | None = None,
     trust_remote_code: bool = False,
 ) -> Pruned:
     """Prune a model without writing anything; may be called again and again on the same folder.
@@ -49,14 +50,33 @@ def prune_model(
         windows: int64 token ids [samples, length] of the calibration text.
         section: the recipe's prune section; its device is used.
         batch_size: sequences that pass through a block at a time.
+        training: token ids that `recover.distill` trains on, see `training_tokens`; None: `windows`.
     """
     model = BlockwiseModel(path, resolve_device(section.device), trust_remote_code=trust_remote_code)
     choice = _choose_layers(model, windows, section, batch_size) if section.budget else None
     pruner = Pruner(model, windows, section, batch_size, choice)
     pruned = _prune_all(pruner, Pruned(choice=choice))
     if section.recover and section.recover.distill:
-        pruned.add(distill(model, pruned, windows, section.recover.distill))
+        text = windows if training is None else training
+        pruned.add(distill(model, pruned, text, section.recover.distill))
     return replace(pruned, layers=pruned.layers + pruner.dense_layers())
+
+
+def training_tokens(
+    section: PruneSection, calibration: CalibrationSection, tokenizer: PreTrainedTokenizerBase
+) -> Tensor | None:
+    """Token ids [samples, length] of the text that `recover.distill` names, or None if it names none.
+
+    Raises:
+        EsparseError: the text is missing, unreadable or too short.
+    """
+    distilled = section.recover.distill if section.recover else None
+    if distilled is None or distilled.text is None:
+        return None
+    return token_windows(
+        distilled.text, tokenizer, samples=distilled.samples, length=calibration.length,
+        seed=calibration.seed, key="prune.recover.distill",
+    )  # fmt: skip
 
 
 def _prune_all(pruner: Pruner, pruned: Pruned) -> Pruned:
@@ -100,9 +120,10 @@ def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
     check_vocabulary(tokenizer, model.config)
     journal = Journal(folder.journal)
     windows = _calibration_tokens(recipe, model, tokenizer, journal)
+    training = training_tokens(recipe.prune, recipe.calibration, tokenizer)
     pruner = Pruner(model, windows, recipe.prune, recipe.calibration.batch_size)
     require_space(folder.root, _bytes_needed(pruner) - journal.bytes())
-    journal.open(_fingerprint(recipe, source_sha256, model, windows))
+    journal.open(_fingerprint(recipe, source_sha256, model, windows, training))
     if journal.tokens() is None:
         journal.save_tokens(windows)
     choice = None
@@ -114,7 +135,7 @@ def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
     _run(pruner, journal)
 
     decided = journal.decided()
-    distilled = _distill(recipe, model, journal, windows)
+    distilled = _distill(recipe, model, journal, windows if training is None else training)
     decided.add(distilled)
     masks = (
         (model.stored_name(f"{name}.weight"), mask, distilled.values.get(name, values))
@@ -132,6 +153,7 @@ def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
         source_sha256=source_sha256,
         calibration_sha256=tokens_sha256(windows),
         calibration_tokens=windows.numel(),
+        training_sha256=None if training is None else tokens_sha256(training),
         device=str(model.device),
         layers=layers,
         channels=decided.channels,
@@ -180,7 +202,7 @@ def _calibration_tokens(
 
 
 def _fingerprint(
-    recipe: Recipe, source_sha256: str, model: BlockwiseModel, windows: Tensor
+    recipe: Recipe, source_sha256: str, model: BlockwiseModel, windows: Tensor, training: Tensor | None
 ) -> dict[str, Any]:
     """Everything that the pruned bytes depend on."""
     return {
@@ -189,6 +211,7 @@ def _fingerprint(
         "device": str(model.device),
         "model_sha256": source_sha256,
         "calibration_sha256": tokens_sha256(windows),
+        "training_sha256": None if training is None else tokens_sha256(training),
     }
 
 

@@ -18,6 +18,7 @@ from esparse_trt.records import LayerChoice, LayerRecord
 from esparse_trt.sections import PruneSection
 from esparse_trt.sparsity import calibrate, correct, permute
 from esparse_trt.sparsity.blockwise import BlockwiseModel
+from esparse_trt.sparsity.effect import effects
 from esparse_trt.sparsity.layers import PlannedSite, plan_layers
 from esparse_trt.sparsity.models import linear
 from esparse_trt.sparsity.pattern import Pattern
@@ -147,23 +148,27 @@ class Pruner:
     def _prune_block(self, index: int, dense: dict[str, Tensor]) -> Pruned:
         sites = self.plan.blocks[index]
         writers = [site.name for site in sites if not reads_residual(site)]
-        if self._correct and not correct.adds_up(self.model, index, writers):
+        if not self._refit or not self._correct or not correct.adds_up(self.model, index, writers):
             writers = []
+        pruned = [layer.name for site in sites for layer in site.pruned]
+        rows = effects(self.model, index, pruned) if self.section.weighs_rows else {}
+        ordinary = correct.ordinary_tokens(self.model, index) if self._correct else None
         result = Pruned()
         for together in [[site] for site in sites] if self._correct else [sites]:
             statistics = self._statistics([site for site in together if site.pruned], index)
             for site in together:
                 missing = None
-                if self._correct and site.pruned:
-                    missing = correct.missing(self.model, index, site, writers, dense)
-                pruned = self._sites.prune(
+                if ordinary is not None and site.pruned:
+                    missing = correct.missing(self.model, index, site, writers, dense, ordinary)
+                found = self._sites.prune(
                     site,
                     statistics.get(site.name),
                     missing=missing,
+                    effects=rows,
                     shared=self.shared,
                     profile=index in self._profiled,
                 )
-                result.add(pruned)
+                result.add(found)
         return result
 
     def _prune_head(self) -> Pruned:

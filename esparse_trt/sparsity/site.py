@@ -6,6 +6,9 @@ weights, the rest of which may be corrected and re-fitted (see `correct` and `up
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,7 @@ from esparse_trt.sparsity.score import ChannelStatistics, error, score
 from esparse_trt.sparsity.update import update
 
 _PROFILE_CHANNELS = 512
+_NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class SitePruner:
@@ -41,6 +45,7 @@ class SitePruner:
         statistics: ChannelStatistics | None,
         *,
         missing: Tensor | None = None,
+        effects: Mapping[str, Tensor] = _NONE,
         shared: Choice | None = None,
         profile: bool = False,
     ) -> Pruned:
@@ -50,6 +55,7 @@ class SitePruner:
             site: with its weights on the device, dense.
             statistics: of what it reads; None where nothing needs them.
             missing: what its pruned layers fail to put out, see `correct`; None: nothing.
+            effects: how much the outputs of its pruned layers count, see `effect`; empty: all the same.
             shared: the residual stream's permutations under `residual: shared`.
             profile: whether to keep a profile of its channels for the report.
         """
@@ -58,7 +64,8 @@ class SitePruner:
             return Pruned(layers=[self.record(site, layer, weights[layer.name]) for layer in site.layers])
         scores = self.scores(site, statistics)
         stacked = torch.cat(list(scores.values()))
-        choice = self._choose(site, stacked, statistics, missing, shared)
+        rows = torch.cat([effects[layer.name] for layer in site.pruned]) if effects else None
+        choice = self._choose(site, stacked, statistics, missing, rows, shared)
         permuted = not is_identity(choice.final)
         masks, fitted, record = self._decide(site, stacked, choice.final, statistics, missing)
         result = Pruned()
@@ -121,14 +128,18 @@ class SitePruner:
         scores: Tensor,
         statistics: ChannelStatistics | None,
         missing: Tensor | None,
+        rows: Tensor | None,
         shared: Choice | None,
     ) -> Choice:
         """The site's permutations [K], of all that DESIGN section 5 allows it.
 
         Args:
             scores: [N, K], of all its pruned layers.
+            rows: [N], how much each row counts.
         """
-        section, wanted = self.section.permute, self.wanted(scores)
+        section = self.section.permute
+        count = scores.new_ones(len(scores), 1) if rows is None else rows.unsqueeze(1)
+        wanted = self.wanted(scores) * count
         if reads_residual(site) and section.residual != "gather":
             # The head of a model that projects its stream first (OPT-350m) reads channels of its own.
             if shared is not None and len(shared.final) == site.channels:
@@ -141,10 +152,11 @@ class SitePruner:
         start, final = (found[0] for found in permute.choose(wanted.unsqueeze(0), site.pattern, section))
         if (settings := self.section.refine) is not None:
             assert statistics is not None and statistics.hessian is not None
-            lacking = None if missing is None else settings.correct * missing
-            final = refine(
-                self._weights(site), scores, statistics.hessian, lacking, final, site.pattern, settings.rounds
-            )
+            root = count.sqrt()  # of what counts in a squared error
+            weight, lacking = self._weights(site) * root, None
+            if missing is not None and self.section.update.method == "none":
+                lacking = settings.correct * missing * root
+            final = refine(weight, scores, statistics.hessian, lacking, final, site.pattern, settings.rounds)
         return Choice(start, final)
 
     def _weights(self, site: PlannedSite) -> Tensor:

@@ -24,6 +24,7 @@ from esparse_trt.sparsity.permutation import compose
 
 _STACK_ELEMENTS = 1 << 26  # scores of the blocks that are swapped in one batch (256 MiB in float32)
 _GAINS = 1 << 25  # gains that are computed at a time (256 MiB in float64)
+_UNSEEN = 4  # steps of the matching before the host asks whether they found anything, and waits for the GPU
 _NOISE = 1e-6  # gains below this share of what two groups keep are rounding, not gains
 
 
@@ -185,10 +186,12 @@ def match(gain: Tensor) -> Tensor:
     gain = gain.clone()
     here = torch.arange(gain.shape[1], device=gain.device)
     partner = torch.full(gain.shape[:2], -1, device=gain.device)
-    while True:
-        best, choice = gain.max(dim=2)
-        mutual = (choice.gather(1, choice) == here) & (best > -torch.inf)
-        if not mutual.any():
-            return partner
-        partner = torch.where(mutual, choice, partner)
-        gain.masked_fill_(mutual.unsqueeze(1) | mutual.unsqueeze(2), -torch.inf)
+    found = True
+    while found:
+        for _ in range(_UNSEEN):
+            best, choice = gain.max(dim=2)
+            mutual = (choice.gather(1, choice) == here) & (best > -torch.inf)
+            partner = torch.where(mutual, choice, partner)
+            gain.masked_fill_(mutual.unsqueeze(1) | mutual.unsqueeze(2), -torch.inf)
+        found = bool(mutual.any())
+    return partner

@@ -9,8 +9,9 @@ split does not depend on the machine or on the order of the files. Whole documen
 packages are set aside first, and no paragraph of theirs remains in the training text.
 
 Writes `.corpus/train.txt` (documents separated by a form feed), and beside this file `calibration.txt` and
-`evaluation.txt`, with the paths of their pages in `documents.txt`. `.corpus/` is a scratch folder in the
-repository root that git ignores.
+`evaluation.txt`, with the paths of their pages in `documents.txt`, and `recovery.txt`, for recipes that train
+what is left of a pruned model: training documents of the `held_out` packages. `.corpus/` is a scratch folder
+in the repository root that git ignores.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ COMMON = (
 STOPWORDS = frozenset(COMMON.split())
 PRE_LINES = 8  # longest listing that is kept
 SIZES = (3_000, 16_000)  # characters of a document that may be held out: varied, and none dominates
+RUN = 13  # words; recovery documents that share so many in a row with the evaluation text are left out
 
 
 class Page(HTMLParser):
@@ -186,6 +188,7 @@ def download(source: Source) -> Path:
     if not root.exists():
         debs = CORPUS / "debs"
         debs.mkdir(parents=True, exist_ok=True)
+        root.parent.mkdir(exist_ok=True)
         pinned = subprocess.run(["apt-get", "download", "-q", f"{source.package}={source.version}"], cwd=debs)
         if pinned.returncode:
             print(f"{source.package}: {source.version} is gone from the mirror, taking the current version")
@@ -235,11 +238,29 @@ def hold_out(
             yield path, document
 
 
+def runs(text: str) -> set[tuple[str, ...]]:
+    """Every `RUN` words in a row."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)}
+
+
+def recovery(train: list[tuple[bytes, str, str]], evaluation: str, size: int) -> list[str]:
+    """About `size` characters of training documents of the held-out packages, in the order of `train.txt`."""
+    packages = {source.package for source in SOURCES if source.held_out}
+    evaluated, chosen, total = runs(evaluation), [], 0
+    for _, document, package in sorted(train):
+        if total < size and package in packages and not evaluated & runs(document):
+            chosen.append(document)
+            total += len(document) + 2
+    return chosen
+
+
 def main() -> None:
-    """Write the training, calibration and evaluation text."""
+    """Write the training, calibration, evaluation and recovery text."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--calibration", type=int, default=400_000, help="characters of calibration text")
     parser.add_argument("--evaluation", type=int, default=180_000, help="characters of evaluation text")
+    parser.add_argument("--recovery", type=int, default=3_000_000, help="characters of recovery text")
     parser.add_argument("--jobs", type=int, default=2, help="processes that parse HTML")
     args = parser.parse_args()
     with ProcessPoolExecutor(args.jobs) as executor:
@@ -252,18 +273,20 @@ def main() -> None:
     }
     listing = [f"{name} {path}\n" for name, texts in held.items() for path, _ in texts]
     (HERE / "documents.txt").write_text("".join(listing), encoding="utf-8", newline="\n")
-    for name, texts in held.items():
-        body = "\n\n".join(text for _, text in texts) + "\n"
-        (HERE / f"{name}.txt").write_text(body, encoding="utf-8", newline="\n")
-        print(f"{name}: {len(texts)} documents, {len(body):,} characters")
+    texts = {name: [text for _, text in documents] for name, documents in held.items()}
     train, sizes = [], Counter()
     for package, pool in pages.items():
         for _, _, text in pool:
             document = "\n\n".join(once(text, seen))
             if len(document) > 200:
-                train.append((hashlib.sha256(document.encode()).digest(), document))
+                train.append((hashlib.sha256(document.encode()).digest(), document, package))
                 sizes[package] += len(document)
-    body = "\n\f\n".join(document for _, document in sorted(train)) + "\n"
+    texts["recovery"] = recovery(train, "\n\n".join(texts["evaluation"]), args.recovery)
+    for name, chosen in texts.items():
+        body = "\n\n".join(chosen) + "\n"
+        (HERE / f"{name}.txt").write_text(body, encoding="utf-8", newline="\n")
+        print(f"{name}: {len(chosen)} documents, {len(body):,} characters")
+    body = "\n\f\n".join(document for _, document, _ in sorted(train)) + "\n"
     (CORPUS / "train.txt").write_text(body, encoding="utf-8", newline="\n")
     digest = hashlib.sha256(body.encode()).hexdigest()
     print(f"train: {len(train)} documents, {len(body):,} characters, sha256 {digest}")

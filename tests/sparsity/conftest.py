@@ -92,7 +92,7 @@ def make_recipe(sample_text: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
     def make(model: Path, **prune: object) -> Recipe:
         section = {"permute": {"local": {"block": 16}}, "device": "cpu"} | prune
-        section["permute"] = {"refine": None, "attention": "fold"} | section["permute"]
+        section["permute"] = {"refine": None, "attention": "fold", "rows": "equal"} | section["permute"]
         text = {"text": {"path": str(sample_text)}, "samples": 5, "length": 40, "batch_size": 2}
         data = {"name": "test", "model": {"path": str(model)}, "calibration": text, "prune": section}
         return parse_recipe(data, base=tmp_path)

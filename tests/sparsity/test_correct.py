@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from esparse_trt.sections import LayerSelection, PruneSection
 from esparse_trt.sparsity.blockwise import BlockwiseModel
-from esparse_trt.sparsity.correct import adds_up, corrected, missing
+from esparse_trt.sparsity.correct import adds_up, corrected, missing, ordinary_tokens
 from esparse_trt.sparsity.layers import plan_layers
 from esparse_trt.sparsity.models import linear
 from esparse_trt.sparsity.pattern import Pattern
@@ -71,7 +71,10 @@ def test_what_is_missing_behind_pruned_layers(number, make_model, windows):
         weights = {name: linear(model.model, name).weight.clone() for name in names}
         for before in second[:number]:
             prune(before)
-        got = missing(model, 1, site, writers, weights)
+        every = torch.ones(windows.numel(), dtype=torch.bool)
+        got = missing(model, 1, site, writers, weights, every)
+        some = torch.rand(windows.numel()) < 0.5
+        got_of_some = missing(model, 1, site, writers, weights, some)
         assert torch.equal(linear(model.model, writers[0]).weight, linear(sparse, writers[0]).weight)
 
     streams = []
@@ -80,8 +83,18 @@ def test_what_is_missing_behind_pruned_layers(number, make_model, windows):
         outputs = torch.cat([seen[layer.name][1] for layer in site.layers], dim=1)
         added = {"o": ["h"], "down": ["h", writers[0]]}.get(site.site.name, [])
         streams.append(outputs + sum(seen[name][1] for name in added))
-    expected = (streams[0] - streams[1]).T @ seen[site.name][0]
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+    lacking, inputs = streams[0] - streams[1], seen[site.name][0]
+    torch.testing.assert_close(got, lacking.T @ inputs, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(got_of_some, lacking[some].T @ inputs[some], rtol=1e-4, atol=1e-3)
+
+
+def test_massive_activations_are_not_made_up_for(make_model, windows):
+    model = BlockwiseModel(make_model("llama"), CPU)
+    model.embed(windows, batch_size=2, follow_dense=True)
+    with model.resident(0):
+        assert ordinary_tokens(model, 0).all()
+        model.dense[:, 0] *= 100
+        assert torch.equal(ordinary_tokens(model, 0).view_as(windows).sum(0) == 0, torch.arange(40) == 0)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,23 @@ def test_distilling_stops_in_time(make_model, windows):
     assert record.steps == 1
 
 
+def test_distilling_on_a_text_of_its_own(make_model, make_recipe, sample_text, tmp_path):
+    """Other text, other weights; the record names the text, and a text that is too short is an error."""
+    found = []
+    for name, text in {"same": {}, "other": {"text": {"path": "other.txt"}, "samples": 3}}.items():
+        (tmp_path / "other.txt").write_text(sample_text.read_text()[::-1])
+        recover = {"steps": 0, "distill": {**WHOLE["distill"], "steps": 3, **text}}
+        record = prune(make_recipe(make_model("llama"), recover=recover), BuildDir(tmp_path / name))
+        weights = load_file(tmp_path / name / "checkpoint" / "model.safetensors")
+        found.append((record.training_sha256, weights["model.layers.0.mlp.down_proj.weight"]))
+    assert found[0][0] is None and len(found[1][0]) == 64
+    assert not torch.equal(found[0][1], found[1][1])
+    recover["distill"]["samples"] = 10_000
+    with pytest.raises(EsparseError, match="tokens; 10000 samples of 40 need") as error:
+        prune(make_recipe(make_model("llama"), recover=recover), BuildDir(tmp_path / "short"))
+    assert "prune.recover.distill.samples: " in error.value.fix
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("recover", [BLOCKS, WHOLE], ids=["blocks", "whole"])
 def test_zeros_stay_zero_and_nothing_else_is_trained(recover, dtype, make_model, make_recipe, tmp_path):

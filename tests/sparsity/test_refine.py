@@ -115,16 +115,25 @@ def test_a_layer_that_reads_nothing_stays():
 @pytest.mark.parametrize(
     "changes, refined",
     [
-        ({}, True),
-        ({"permute": {"refine": None}}, False),
-        ({"permute": {"global": "none", "local": None}}, False),  # channels are to stay where they are
-        ({"permute": {"global": "none", "local": None, "assign": 1}}, True),
-        ({"score": {"method": "magnitude"}}, False),  # which takes no calibration text
+        ({}, False),
+        ({"permute": {"refine": {}}}, True),
+        ({"permute": {"refine": {}, "global": "none", "local": None}}, False),  # channels are to stay
+        ({"permute": {"refine": {}, "global": "none", "local": None, "assign": 1}}, True),
+        ({"permute": {"refine": {}}, "score": {"method": "magnitude"}}, False),  # which takes no text
     ],
 )
 def test_what_is_refined(changes: dict[str, object], refined: bool):
     section = PruneSection.model_validate(changes)
-    assert (section.refine is not None) == section.corrects == section.follows_dense == refined
+    assert (section.refine is not None) == refined
+    assert not section.corrects
+
+
+def test_weights_that_are_refitted_make_up_for_what_was_lost_themselves():
+    permute = {"refine": {"correct": 0.5}}
+    section = PruneSection.model_validate({"permute": permute})
+    assert section.corrects and section.follows_dense
+    refitted = {"method": "obs", "correct": 0}
+    assert not PruneSection.model_validate({"permute": permute, "update": refitted}).corrects
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
