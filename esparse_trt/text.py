@@ -72,7 +72,7 @@ def token_windows(
     stream = _stream(source, tokenizer, limit=limit, shuffle_seed=seed)
     if len(stream) < needed:
         raise EsparseError(
-            f"the text has {len(stream)} tokens; {samples} samples of {length} need {needed}",
+            f"the text of {key} has {len(stream)} tokens; {samples} samples of {length} need {needed}",
             where=_where(source),
             fix=f"use a longer text, or {key}.samples: {len(stream) // body or 1} at most",
         )

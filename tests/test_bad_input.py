@@ -247,7 +247,7 @@ def test_a_calibration_text_that_is_too_short(case: Case):
     text.write_text("A few words only.")
     case.set(calibration__text={"source": "file", "path": str(text)})
     error = case.refused()
-    assert re.search(rf"{text}: the calibration text has \d+ tokens; 8 samples of 32 need 248", error)
+    assert re.search(rf"{text}: the text of calibration has \d+ tokens; 8 samples of 32 need 248", error)
     assert "calibration.samples" in error
 
 
