@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from esparse_trt.engine import abi
 from esparse_trt.engine.libraries import BUILD, KERNELS, find_library
 from esparse_trt.errors import EsparseError
 
@@ -56,45 +57,12 @@ class Problem:
         return self.n // 2 if self.activation else self.n
 
 
-# --- the C structures ----------------------------------------------------------------------------------
+# --- numbers of the C ABI --------------------------------------------------------------------------------
 
 
-class _Gemm(ctypes.Structure):
-    _fields_ = [
-        ("m", ctypes.c_int64),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("dtype", ctypes.c_int),
-        ("activation", ctypes.c_int),
-        ("x", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("metadata", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("permutation", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-    ]
-
-
-class _Gpu(ctypes.Structure):
-    _fields_ = [("capability", ctypes.c_int32), ("multiprocessors", ctypes.c_int32)]
-
-
-class _Launch(ctypes.Structure):
-    _fields_ = [
-        ("stream", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-        ("workspace_bytes", ctypes.c_size_t),
-        ("programmatic", ctypes.c_int32),
-    ]
-
-
-class _Message(ctypes.Structure):
-    _fields_ = [("text", ctypes.c_char * 256)]
-
-
-def _shape_only(problem: Problem) -> _Gemm:
+def _shape_only(problem: Problem) -> abi.Gemm:
     """The problem with addresses that are only compared with null."""
-    return _Gemm(
+    return abi.Gemm(
         problem.m,
         problem.n,
         problem.k,
@@ -142,7 +110,7 @@ class Kernels:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._lib = _declare(ctypes.CDLL(str(path)))
+            self._lib = abi.declare(ctypes.CDLL(str(path)))
         except (OSError, AttributeError) as error:
             raise EsparseError(
                 f"cannot be used as the kernel library: {error}", where=path, fix=f"build it again: {BUILD}"
@@ -159,18 +127,21 @@ class Kernels:
         Raises:
             EsparseError: there is none.
         """
-        gpu, message = _Gpu(), _Message()
+        gpu, message = abi.Gpu(), abi.Message()
         if self._lib.esparse_current_gpu(ctypes.byref(gpu), ctypes.byref(message)) != _SUCCESS:
             raise EsparseError(message.text.decode(), fix="run this on a machine with an NVIDIA GPU")
         return Gpu(gpu.capability, gpu.multiprocessors)
 
     def why_not(self, problem: Problem, candidate: str, gpu: Gpu) -> str | None:
         """The library's reason why the candidate cannot run the problem on that GPU; None if it can."""
-        gemm, message = _shape_only(problem), _Message()
+        gemm, message = _shape_only(problem), abi.Message()
         status = self._lib.esparse_check(ctypes.byref(gemm), ctypes.byref(message))
         if status == _SUCCESS:
             status = self._lib.esparse_supports(
-                ctypes.byref(gemm), ctypes.byref(_Gpu(*gpu)), self._number(candidate), ctypes.byref(message)
+                ctypes.byref(gemm),
+                ctypes.byref(abi.Gpu(*gpu)),
+                self._number(candidate),
+                ctypes.byref(message),
             )
         return None if status == _SUCCESS else message.text.decode()
 
@@ -181,7 +152,7 @@ class Kernels:
     def default(self, problem: Problem, gpu: Gpu) -> str | None:
         """The candidate of the static heuristic, for a problem of which nothing was measured."""
         number = self._lib.esparse_default_candidate(
-            ctypes.byref(_shape_only(problem)), ctypes.byref(_Gpu(*gpu))
+            ctypes.byref(_shape_only(problem)), ctypes.byref(abi.Gpu(*gpu))
         )
         return self.candidates[number] if number >= 0 else None
 
@@ -229,16 +200,16 @@ class Kernels:
         tensors = (x, values, metadata, bias, permutation, y)
         addresses = (tensor.data_ptr() if tensor is not None else None for tensor in tensors)
         numbers = _dtype_number(dtype), _activation_number(activation)
-        return Gemm(self, problem, _Gemm(m, n, k, *numbers, *addresses), tensors)
+        return Gemm(self, problem, abi.Gemm(m, n, k, *numbers, *addresses), tensors)
 
     def workspace(self, problem: Problem, candidate: str) -> Tensor | None:
         """Scratch memory for the candidate on torch's current device; None where it needs none."""
         needed = self.workspace_bytes(problem, candidate)
         return torch.empty(needed, dtype=torch.uint8, device="cuda") if needed else None
 
-    def enqueue(self, gemm: Any, candidate: str, launch: _Launch) -> None:
+    def enqueue(self, gemm: Any, candidate: str, launch: abi.Launch) -> None:
         """What `Gemm.run` calls."""
-        message = _Message()
+        message = abi.Message()
         status = self._lib.esparse_gemm_run(
             gemm, self._number(candidate), ctypes.byref(launch), ctypes.byref(message)
         )
@@ -260,7 +231,7 @@ class Gemm:
     """One problem on given tensors, which it keeps alive."""
 
     def __init__(
-        self, kernels: Kernels, problem: Problem, gemm: _Gemm, tensors: tuple[Tensor | None, ...]
+        self, kernels: Kernels, problem: Problem, gemm: abi.Gemm, tensors: tuple[Tensor | None, ...]
     ) -> None:
         self.problem = problem
         self._kernels = kernels
@@ -278,7 +249,7 @@ class Gemm:
         Raises:
             EsparseError: the library refused; carries its message.
         """
-        launch = _Launch(
+        launch = abi.Launch(
             torch.cuda.current_stream().cuda_stream,
             workspace.data_ptr() if workspace is not None else None,
             workspace.numel() if workspace is not None else 0,
@@ -316,30 +287,3 @@ def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: object, d
         )
     if not tensor.is_contiguous():
         raise EsparseError(f"{name} is not contiguous")
-
-
-def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """The signatures of the C ABI.
-
-    Raises:
-        AttributeError: the library lacks a function.
-    """
-    gemm, gpu, message = (ctypes.POINTER(kind) for kind in (_Gemm, _Gpu, _Message))
-    number = ctypes.c_int32
-    signatures: dict[str, tuple[object, list[object]]] = {
-        "esparse_metadata_words": (ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64]),
-        "esparse_check": (ctypes.c_int, [gemm, message]),
-        "esparse_candidate_count": (number, []),
-        "esparse_candidate_name": (ctypes.c_char_p, [number]),
-        "esparse_version": (ctypes.c_char_p, []),
-        "esparse_kernel_set": (ctypes.c_char_p, []),
-        "esparse_current_gpu": (ctypes.c_int, [gpu, message]),
-        "esparse_supports": (ctypes.c_int, [gemm, gpu, number, message]),
-        "esparse_default_candidate": (number, [gemm, gpu]),
-        "esparse_workspace_bytes": (ctypes.c_size_t, [gemm, number]),
-        "esparse_gemm_run": (ctypes.c_int, [gemm, number, ctypes.POINTER(_Launch), message]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib

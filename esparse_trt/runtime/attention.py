@@ -223,20 +223,9 @@ def _(
 
 
 @decode_attention.register_fake
-def _(
-    query: Tensor,
-    new_keys: Tensor,
-    new_values: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    scaling: float,
-    places: Tensor | None,
-    cosine: Tensor | None,
-    sine: Tensor | None,
-) -> Tensor:
-    batch, heads, _, size = query.shape
-    return query.new_empty(batch, 1, heads, size)
+def _(query: Tensor, *_: object) -> Tensor:
+    batch, heads, new, size = query.shape
+    return query.new_empty(batch, new, heads, size)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _WARPS = 4
 # Cache positions a step, and stages: where blocks share a head, and where not. There are many then, and
-# four fit on a multiprocessor: the 512 of 16 sequences of LLaMA-7B at once, which is 4 us a layer on an H200.
+# four fit on a multiprocessor: the 512 of 16 sequences of LLaMA-7B at once.
 _SPLIT, _WHOLE = (64, 3), (32, 4)
 _TILE_BYTES = 32 << 10  # keys of one step at most: with the values and the stages, they fill shared memory
 _ROWS = 16  # query heads of one kv head, padded to what tensor cores take

@@ -8,9 +8,8 @@ Kernels of ours absorb what would be a small kernel of its own, as long as a lau
 - the residual addition before a norm goes into the norm;
 - the rotary embedding before the attention of one token goes into the attention.
 
-The addition at the end of a layer stays a kernel, as layers are compiled one by one: 1.5 of 80 us a layer for
-one sequence (LLaMA-7B, H200). Of prompts, the epilogue of down would save a writing and a reading of its
-output, about one percent of a layer; it is left.
+The addition at the end of a layer stays a kernel, as layers are compiled one by one. Of prompts, the
+epilogue of down would save a writing and a reading of its output; it is left.
 """
 
 from __future__ import annotations

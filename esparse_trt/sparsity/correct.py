@@ -13,8 +13,8 @@ The share and the stream's part are our own. Where the stream does not take up t
 with norms behind them (Gemma 3), every layer is of the first kind. So it is where weights are to stay as they
 are, which leaves making up to the permutation (see `refine`).
 
-Tokens with massive activations (arXiv 2402.17762; in Qwen2.5 the first of a window, a hundred times as large
-as the others) are left out of E: most of what the stream lacks is theirs, and no later layer can restore it.
+Tokens with massive activations (arXiv 2402.17762; in Qwen2.5 the first of a window) are left out of E: most
+of what the stream lacks is theirs, and no later layer can restore it.
 """
 
 from __future__ import annotations

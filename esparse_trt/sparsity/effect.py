@@ -5,8 +5,7 @@ reaches the block's output as it is, one in a query only as far as it moves the 
 is chosen, output i therefore counts by its effect: the root of the mean over tokens t of ‖∂ŷ_t/∂y_ti‖². Here
 ŷ_t is what the block puts out, divided by its norm, as the norms that follow do (see `recover`). For z of
 independent signs that is E (∂⟨z, ŷ⟩/∂y_ti)² (Hutchinson 1989), so one backward pass gives all of them. In a
-squared error the effect's square would count; the effect itself is less uneven, and was better where it was
-measured. The weighing is our own.
+squared error the effect's square would count; the effect itself is less uneven. The weighing is our own.
 """
 
 from __future__ import annotations
