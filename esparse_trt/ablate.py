@@ -3,6 +3,9 @@
 All variants share the model, the calibration tokens and the evaluation windows, so their differences are
 theirs. Every variant is pruned in memory and measured against the dense model in PyTorch; after each one the
 table is stored, so that an interrupted run goes on with the next. At the end it is written as a page, too.
+
+Rows that follow each other and differ in `recover.distill` alone start from one pruning, whose seconds count
+in each of them.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,9 +39,9 @@ from esparse_trt.model import (
 )
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe
-from esparse_trt.sections import TextFile, TextSelf
+from esparse_trt.sections import PruneSection, TextFile, TextSelf
 from esparse_trt.sparsity.models import family_of
-from esparse_trt.sparsity.prune import Pruned, prune_model, training_tokens
+from esparse_trt.sparsity.prune import Pruned, distill_model, prune_model, training_tokens
 from esparse_trt.text import evaluation_windows, token_windows, tokens_sha256
 from esparse_trt.variants import VARIANTS, choose, load_grid
 from esparse_trt.workspace import claim
@@ -59,6 +62,14 @@ class _Setting:
     sparse: PreTrainedModel  # a copy of `dense` that the variants' masks are applied to
 
 
+class _Found(NamedTuple):
+    """What pruning as a section says gave, and how long it took."""
+
+    section: PruneSection
+    pruned: Pruned
+    seconds: float
+
+
 def run_ablation(
     recipe: Recipe, out: Path, *, only: Iterable[str] | None = None, grid: Path | None = None
 ) -> Ablation:
@@ -69,7 +80,7 @@ def run_ablation(
 
     Args:
         out: a build folder of the same recipe, or a new one.
-        only: names of the variants to run; default all.
+        only: names of the variants to run, in this order; default all.
         grid: a YAML file of variants to run instead of the built-in ones, see `variants`; the baselines that
             it does not name are run too, unless `only` leaves them out.
 
@@ -81,25 +92,20 @@ def run_ablation(
     with claim(recipe, folder):
         setting = _prepare(recipe, folder)
         table = _stored(folder, setting.fingerprint) or _new_table(recipe, setting)
+        last: _Found | None = None
         for variant, section in variants:
             settings = variant.settings()
             if any(row.name == variant.name and row.settings == settings for row in table.rows):
                 note(f"{variant.name}: already measured", style="dim", variant=variant.name, status="resumed")
                 continue
             note(variant.name, style="bold", variant=variant.name, status="started")
+            plain = _undistilled(section)
             training = training_tokens(section, recipe.calibration, setting.tokenizer)
-            start = time.monotonic()
-            pruned = prune_model(
-                setting.path,
-                setting.calibration,
-                section,
-                batch_size=recipe.calibration.batch_size,
-                training=training,
-                trust_remote_code=recipe.model.trust_remote_code,
-            )
-            seconds = time.monotonic() - start
-            _apply(pruned, setting.dense, setting.sparse)
-            row = _measure(variant.name, settings, seconds, setting)
+            if last is None or last.section != plain:
+                last = _prune(recipe, plain, setting)
+            found = last if plain == section else _distill(recipe, section, last, setting, training)
+            _apply(found.pruned, setting.dense, setting.sparse)
+            row = _measure(variant.name, settings, found.seconds, setting)
             rows = [*(old for old in table.rows if old.name != row.name), row]
             table = table.model_copy(update={"rows": rows})
             write_atomic(folder.ablation, table.to_json())
@@ -146,6 +152,41 @@ def _prepare(recipe: Recipe, folder: BuildDir) -> _Setting:
         dense=dense,
         sparse=copy.deepcopy(dense),
     )
+
+
+def _undistilled(section: PruneSection) -> PruneSection:
+    """The section without `recover.distill`, where rows may start from the same."""
+    if section.recover is None or section.recover.distill is None:
+        return section
+    recover = section.recover.model_copy(update={"distill": None}) if section.recover.steps else None
+    return section.model_copy(update={"recover": recover})
+
+
+def _prune(recipe: Recipe, section: PruneSection, setting: _Setting) -> _Found:
+    start = time.monotonic()
+    pruned = prune_model(
+        setting.path,
+        setting.calibration,
+        section,
+        batch_size=recipe.calibration.batch_size,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    return _Found(section, pruned, time.monotonic() - start)
+
+
+def _distill(
+    recipe: Recipe, section: PruneSection, plain: _Found, setting: _Setting, training: torch.Tensor | None
+) -> _Found:
+    """`plain`, trained on `training`, or None for the calibration text; its seconds count too."""
+    start = time.monotonic()
+    pruned = distill_model(
+        setting.path,
+        plain.pruned,
+        setting.calibration if training is None else training,
+        section,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    return _Found(section, pruned, plain.seconds + time.monotonic() - start)
 
 
 def _new_table(recipe: Recipe, setting: _Setting) -> Ablation:

@@ -51,7 +51,8 @@ class KeptScore(Record):
 class UpdateRecord(Record):
     """How the kept weights of one site's layers were re-fitted, all layers that read the tensor together.
 
-    Errors are those of the outputs on the calibration inputs, squared, as a share of the dense outputs'.
+    Errors are those of the outputs on the calibration inputs, squared, as a share of the dense outputs';
+    tokens count as `prune.tokens` says.
     """
 
     damping: float = Field(description="share of the Hessian's mean diagonal that it took to factor it")

@@ -65,6 +65,10 @@ VARIANTS = (
         {"permute": {"refine": _MAKE_UP, "attention": "gather", "rows": "effect"}},
     ),
     Variant(
+        "e_sparse, refined, tokens weighed, making up",
+        {"tokens": "effect", "permute": {"refine": _MAKE_UP, "attention": "gather", "rows": "effect"}},
+    ),
+    Variant(
         "e_sparse, refined, gather, no correction",
         {"permute": {"refine": {}, "attention": "gather"}},
     ),
@@ -74,6 +78,7 @@ VARIANTS = (
     Variant("e_sparse, residual none", {"permute": {"residual": "none"}}),
     Variant("obs, no shuffle", {"permute": _UNPERMUTED, "update": _OBS}),
     Variant("obs", {"update": _OBS}),
+    Variant("obs, tokens weighed", {"tokens": "effect", "update": _OBS}),
     Variant("obs, sparsegpt with shuffles", {"update": _SPARSEGPT}),
     Variant("obs, without correction", {"update": {**_OBS, "correct": 0.0}}),
     Variant("obs, without refit", {"update": {**_OBS, "refit": 0}}),
@@ -92,7 +97,7 @@ VARIANTS = (
 def choose(
     base: PruneSection, variants: Sequence[Variant], only: Iterable[str] | None, folder: Path
 ) -> list[tuple[Variant, PruneSection]]:
-    """The variants that `only` names (default: all), each with its prune section.
+    """The variants that `only` names, in its order (default: all), each with its prune section.
 
     Args:
         folder: where relative paths in their changes start.
@@ -100,12 +105,12 @@ def choose(
     Raises:
         EsparseError: an unknown name, or changes that no prune section takes.
     """
-    names = [variant.name for variant in variants]
-    wanted = list(only) if only else names
-    unknown = [name for name in wanted if name not in names]
+    by_name = {variant.name: variant for variant in variants}
+    wanted = list(dict.fromkeys(only)) if only else list(by_name)
+    unknown = [name for name in wanted if name not in by_name]
     if unknown:
-        raise EsparseError(f"no variant is called {unknown[0]!r}", fix=f"choose from: {'; '.join(names)}")
-    chosen = [variant for variant in variants if variant.name in wanted]
+        raise EsparseError(f"no variant is called {unknown[0]!r}", fix=f"choose from: {'; '.join(by_name)}")
+    chosen = [by_name[name] for name in wanted]
     return [(variant, resolve_paths(section(base, variant), folder.resolve())) for variant in chosen]
 
 
@@ -136,6 +141,7 @@ def section(base: PruneSection, variant: Variant) -> PruneSection:
             "attention": "fold", "rows": "equal", "objective": "error",
         },
         "update": {"method": "none"},
+        "tokens": "equal",
         "recover": None,
     }  # fmt: skip
     plain = _merged(base.model_dump(by_alias=True), reference)

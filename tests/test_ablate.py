@@ -22,7 +22,7 @@ from esparse_trt.evaluate.ablation import Ablation
 from esparse_trt.evaluate.report import report
 from esparse_trt.recipe import load_recipe
 from esparse_trt.sparsity.pruned import Pruned
-from esparse_trt.variants import VARIANTS, load_grid, section
+from esparse_trt.variants import VARIANTS, choose, load_grid, section
 
 runner = CliRunner()
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -157,6 +157,12 @@ def test_masks_of_one_variant_leave_nothing_behind(tiny_llama: Path):
         torch.testing.assert_close(sparse.get_submodule(name).weight, dense.get_submodule(name).weight * mask)
 
 
+def test_rows_run_in_the_order_that_was_asked_for(tiny_recipe: Path):
+    base = load_recipe(tiny_recipe).prune
+    chosen = choose(base, VARIANTS, ["wanda", "magnitude", "wanda"], tiny_recipe.parent)
+    assert [variant.name for variant, _ in chosen] == ["wanda", "magnitude"]
+
+
 def test_an_unknown_variant(tiny_recipe: Path, tmp_path: Path):
     result = runner.invoke(
         app, ["ablate", str(tiny_recipe), "--out", str(tmp_path / "out"), "--only", "wonder"]
@@ -188,6 +194,21 @@ def test_a_grids_paths_start_at_the_grid(tiny_recipe: Path, sample_text: Path, t
     found = run_ablation(load_recipe(tiny_recipe), tmp_path / "out", grid=grid, only=["distilled"])
     (row,) = found.rows
     assert row.settings["recover.distill.text.path"] == "longer.txt"
+
+
+def test_rows_that_differ_in_distillation_share_a_pruning(tiny_recipe: Path, tmp_path: Path, pruned: list):
+    grid, first = tmp_path / "grid.yaml", "score: { method: wanda }, update: { method: obs }"
+    recover = "recover: { steps: 0, distill: { steps: 3, learning_rate: 0.01 } }"
+    grid.write_text(f"plain: {{ {first} }}\ntrained: {{ {first}, {recover} }}\nother: {{ {recover} }}")
+    recipe, rows = load_recipe(tiny_recipe), {}
+    for order in (["plain", "trained", "other"], ["trained"]):
+        out = tmp_path / str(len(order))
+        found = run_ablation(recipe, out, grid=grid, only=order)
+        assert [row.name for row in found.rows] == order
+        rows |= {(len(order), row.name): row for row in found.rows}
+    assert len(pruned) == 3, "once for plain and trained, once for other, once for trained alone"
+    assert rows[3, "trained"].nll == rows[1, "trained"].nll != rows[3, "plain"].nll
+    assert rows[3, "trained"].seconds >= rows[3, "plain"].seconds
 
 
 @pytest.mark.parametrize(

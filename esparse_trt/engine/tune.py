@@ -1,20 +1,19 @@
 """The tuner: times every candidate on this GPU, per layer shape and number of tokens, and fills the table.
 
-At each cell (shape, M) a quick pass times the candidates that can run it, and the best of them once more
-with programmatic dependent launch. Those within `KEEP` of the best of either kind are timed again against
-each other and against torch's dense product, for longer and at sustained clocks; the fastest of each kind go
-into the table.
+At each cell (shape, M) a sieve of a few launches leaves out the hopeless candidates. A quick pass times the
+others, and the best of them once more with programmatic dependent launch. The `finalists` of either kind are
+timed again against each other and against torch's dense product, for longer and at sustained clocks; the
+fastest of each kind go into the table.
 
-M ascends, and candidates that cannot win are left out of the quick pass: no kernel gets faster with more
-tokens, so t(M') ≤ t(M) for every M' ≤ M measured before; and the best at M takes no longer than M / M' times
-the best at M', run over the tokens in parts. A candidate whose t(M') is above that can wait for a larger M.
+Every candidate is timed at every M: what one took with fewer tokens is no bound, as a tile with absent tokens
+can take twice as long as a full one.
 """
 
 from __future__ import annotations
 
-import math
+import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -38,11 +37,12 @@ from esparse_trt.errors import EsparseError
 from esparse_trt.progress import note, track
 from esparse_trt.system import require_gpu
 
-KEEP = 1.08  # slower than the best by no more: timed again
-MOST = 4  # of them
-RETRIED = 8  # of the best, with programmatic dependent launch
-MARGIN = 1.15  # for noise, on what a candidate may take and still be in the quick pass
-QUICK_GRAPH_US, QUICK_BUDGET_US = 300.0, 1.0  # the least number of rounds
+KEEP = 1.12  # slower than the best by no more: timed again
+MOST, MOST_LOADED = 3, 8  # of them; the latter from
+LOADED = 65  # tokens on: a GPU that multiplies so much runs into its power limit
+RETRIED = 1.25  # slower than the best by no more: timed with programmatic dependent launch too
+SIEVE = 1.5  # slower than the best by more, in the sieve: hopeless
+SIEVE_GRAPH_US, QUICK_GRAPH_US = 60.0, 300.0
 FINAL_BUDGET_US, WARM_US = 30_000.0, 10_000.0
 REFERENCE = "reference"  # CUDA cores: only where nothing else runs
 DENSE = "torch.mm"
@@ -128,14 +128,12 @@ def tune(
 
 
 class Layer:
-    """One layer while it is tuned, M ascending. To be used under `torch.cuda.stream(timing.stream())`."""
+    """One layer while it is tuned. To be used under `torch.cuda.stream(timing.stream())`."""
 
     def __init__(self, kernels: Kernels, gpu: Gpu, n: int, k: int, dtype: str, rows: int) -> None:
         self.kernels, self.gpu = kernels, gpu
         self.n, self.k, self.dtype = n, k, dtype
         self.operands = Operands(n, k, dtype, rows)
-        self._least: dict[str, float] = {}  # microseconds at the largest M measured so far
-        self._best = (0, math.inf)  # that M, and the best candidate's microseconds there
 
     def tune(self, m: int) -> Row | None:
         """The row for m tokens; None where no candidate runs."""
@@ -143,8 +141,8 @@ class Layer:
         if not quick:
             return None
         kept: dict[Launch, list[str]] = {
-            "plain": shortlist(quick),
-            "programmatic": shortlist(self.quick_programmatic(m, sorted(quick, key=quick.__getitem__))),
+            "plain": finalists(m, quick),
+            "programmatic": finalists(m, self.quick_programmatic(m, quick)),
         }
         contestants = {("dense", DENSE): self.dense_replay(m)}
         for launch, names in kept.items():
@@ -155,27 +153,28 @@ class Layer:
         return Row(self.n, self.k, self.dtype, m, **best)
 
     def quick(self, m: int) -> dict[str, float]:
-        """Microseconds of every candidate that can run and may be the best, from a few replays."""
+        """Microseconds of every candidate that can run and is not hopeless, from a few replays."""
         problem = Problem(m, self.n, self.k, self.dtype)
         names = self.kernels.supporting(problem, self.gpu)
         names = [name for name in names if name != REFERENCE] or names
-        last, best = self._best
-        most = MARGIN * best * m / last if last else math.inf
-        names = [name for name in names if self._least.get(name, 0.0) <= most] or names
-        contestants = {name: self.replay(m, name, graph_us=QUICK_GRAPH_US) for name in names}
-        times = timing.measure(contestants, budget_us=QUICK_BUDGET_US, rounds=(3, 3))
-        quick = {name: time.us for name, time in times.items()}
-        self._least |= quick
-        self._best = (m, min(quick.values(), default=math.inf))
-        return quick
+        sieved = self._passes(m, names, SIEVE_GRAPH_US, rounds=1)
+        most = SIEVE * min(sieved.values(), default=0.0)
+        return self._passes(m, [name for name in names if sieved[name] <= most], QUICK_GRAPH_US, rounds=3)
 
-    def quick_programmatic(self, m: int, ranked: Sequence[str]) -> dict[str, float]:
+    def quick_programmatic(self, m: int, quick: Mapping[str, float]) -> dict[str, float]:
         """Microseconds of the best candidates of the quick pass with programmatic dependent launch."""
+        most = RETRIED * min(quick.values())
+        names = [name for name, us in quick.items() if us <= most]
+        return self._passes(m, names, QUICK_GRAPH_US, rounds=3, programmatic=True)
+
+    def _passes(
+        self, m: int, names: Sequence[str], graph_us: float, *, rounds: int, programmatic: bool = False
+    ) -> dict[str, float]:
+        """Microseconds of candidates, from so many replays of each."""
         contestants = {
-            name: self.replay(m, name, programmatic=True, graph_us=QUICK_GRAPH_US)
-            for name in ranked[:RETRIED]
+            name: self.replay(m, name, programmatic=programmatic, graph_us=graph_us) for name in names
         }
-        times = timing.measure(contestants, budget_us=QUICK_BUDGET_US, rounds=(3, 3))
+        times = timing.measure(contestants, budget_us=0.0, rounds=(rounds, rounds))
         return {name: time.us for name, time in times.items()}
 
     def replay(
@@ -197,7 +196,22 @@ def _fastest(times: dict[tuple[str, str], timing.Timing], kind: str) -> Best:
     return Best(name, *(round(value, 3) for value in (us, time.p10, time.p90)))
 
 
-def shortlist(quick: dict[str, float]) -> list[str]:
-    """The candidates worth timing again, best first."""
+def finalists(m: int, quick: Mapping[str, float]) -> list[str]:
+    """The candidates worth timing again, best first.
+
+    The quick pass is over before the clocks fall. With few tokens they do not, and the order stays. Otherwise
+    it may change, the more so between different kernels: of those that differ only in CUTLASS's order of
+    tiles one is enough.
+
+    Args:
+        m: tokens.
+        quick: microseconds by candidate, in the quick pass.
+    """
     ranked = sorted(quick, key=lambda name: quick[name])
-    return [name for name in ranked[:MOST] if quick[name] <= KEEP * quick[ranked[0]]]
+    close = [name for name in ranked if quick[name] <= KEEP * quick[ranked[0]]]
+    if m < LOADED:
+        return close[:MOST]
+    kernels: dict[str, str] = {}
+    for name in close:
+        kernels.setdefault(re.sub(r"^(cutlass_.*)_w\d[mn]$", r"\1", name), name)
+    return list(kernels.values())[:MOST_LOADED]

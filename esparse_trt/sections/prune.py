@@ -186,6 +186,13 @@ class PruneSection(Section):
     score: ScoreSection = Field(default_factory=ScoreSection)
     permute: PermuteSection = Field(default_factory=PermuteSection)
     update: UpdateSection = Field(default_factory=UpdateSection)
+    tokens: Literal["effect", "equal"] = Field(
+        "effect",
+        description="How much each token counts in the squared output errors that `permute.refine` and "
+        "`update` lower: by what the layer's outputs for it do to the model's predictions, found by a "
+        "backward pass over the calibration text, so that attention sinks count for what they are; or all "
+        "the same",
+    )
     recover: RecoverSection | None = Field(None, description="Train the kept weights afterwards; or null")
     layers: LayerSelection = Field(default_factory=LayerSelection)
     budget: BudgetSection | None = Field(

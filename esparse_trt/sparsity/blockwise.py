@@ -12,7 +12,7 @@ weights on the device. The compute dtype is float32 on a CPU and the checkpoint'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,15 +187,20 @@ class BlockwiseModel:
     def run_final(self, head: Callable[[Tensor], None]) -> Iterator[int]:
         """Pass the last hidden states through the final norm, and each batch on to `head`."""
         assert self.hidden is not None
-        modules = [m for name in self.family.final if (m := self._optional(name)) is not None]
-        names = [name for name in self.family.final if self._optional(name) is not None]
-        with self._loaded(*names), torch.no_grad():
+        final = self._final()
+        with self._loaded(*final), torch.no_grad():
             for number, hidden in enumerate(self.hidden.split(self.batch_size)):
-                x = hidden.to(self.device)
-                for module in modules:
-                    x = module(x)
-                head(x)
+                head(_through(final.values(), hidden.to(self.device)))
                 yield number
+
+    @contextmanager
+    def loaded_tail(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What turns the last hidden states [B, length, hidden] into logits, its weights on the device."""
+        head = self.model.get_output_embeddings()
+        (name,) = (name for name, module in self.model.named_modules() if module is head)
+        tail = {**self._final(), name: head}
+        with self._loaded(*tail):
+            yield lambda x: _through(tail.values(), x)
 
     @contextmanager
     def loaded_linear(self, name: str) -> Iterator[nn.Linear]:
@@ -215,6 +220,11 @@ class BlockwiseModel:
             where=f"{self.path}: {first}",
             fix="config.json and the weights belong to different models: download both again",
         )
+
+    def _final(self) -> dict[str, nn.Module]:
+        """The modules between the last block and the head, by name."""
+        found = {name: self._optional(name) for name in self.family.final}
+        return {name: module for name, module in found.items() if module is not None}
 
     def _optional(self, name: str) -> nn.Module | None:
         parent, _, child = name.rpartition(".")
@@ -272,6 +282,12 @@ class BlockwiseModel:
             for block in self._blocks:
                 del block.forward
         return inputs[0], calls
+
+
+def _through(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """Streaming statistics of the tensors that linear layers read: memory O(K·bins) per site, never O(T·K).
 
-Only methods that need the Hessian Xᵀ X take O(K²), in float32.
+Only methods that need the Hessian Xᵀ X take O(K²), in float32; tokens may be weighed in it (see `tokens`).
 
 The norm takes one pass over the calibration inputs. The information measures take two: the histogram of a
 channel lies between its own minimum and maximum, which the first pass finds. Counts are integers and squares
@@ -21,8 +21,9 @@ A constant channel has none of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ class ChannelMoments:
         range_: ChannelRange | None,
         measure: str,
         hessian: bool,
+        weights: Tensor | None = None,
     ) -> None:
         self.squares = torch.zeros(channels, dtype=torch.float64, device=device)
         self.sums = torch.zeros(channels, dtype=torch.float64, device=device)
@@ -76,19 +78,23 @@ class ChannelMoments:
         self.range = range_
         self.measure = measure
         self.hessian = torch.zeros(channels, channels, device=device) if hessian else None
+        self.weights = weights
         if range_ is not None:
             self.counts = torch.zeros(channels * bins * self.outputs, dtype=torch.int64, device=device)
             self.offset = torch.arange(channels, device=device) * bins
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Take in x [T, K] and what the layer made of it, y [T, N]."""
-        self.tokens += len(x)
         rows = max(1, _CHUNK_ELEMENTS // x.shape[1])
         for chunk, output in zip(x.split(rows), y.split(rows), strict=True):
             chunk = chunk.float()
             self.squares += (chunk * chunk).sum(0, dtype=torch.float64)
             if self.hessian is not None:
-                self.hessian.addmm_(chunk.T, chunk)
+                weighed = chunk
+                if self.weights is not None:
+                    weighed = chunk * self.weights[self.tokens : self.tokens + len(chunk)].unsqueeze(1)
+                self.hessian.addmm_(weighed.T, chunk)
+            self.tokens += len(chunk)
             if self.range is not None:
                 self.sums += chunk.sum(0, dtype=torch.float64)
                 index = _bin(chunk, self.range.low, self.range.high, self.bins) + self.offset
@@ -138,6 +144,7 @@ def collect(
     bins: int | None,
     measure: str = "entropy",
     hessian: bool = False,
+    weights: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, ChannelStatistics]:
     """Statistics of the inputs of several layers, in one pass over the calibration batches or two.
 
@@ -147,6 +154,7 @@ def collect(
         bins: bins of the histograms, None if no information measure is needed.
         measure: which of the module docstring.
         hessian: whether Xᵀ X is needed.
+        weights: site -> c [T], how much each token counts in Xᵀ X: Xᵀ diag(c) X; those absent count 1.
 
     Raises:
         EsparseError: NaN or Inf in the inputs, naming site and batch; or a site was never reached.
@@ -160,7 +168,13 @@ def collect(
         ranges.update(found)
     moments = {
         name: ChannelMoments(
-            layer.in_features, layer.weight.device, bins or 0, ranges[name], measure, hessian
+            layer.in_features,
+            layer.weight.device,
+            bins or 0,
+            ranges[name],
+            measure,
+            hessian,
+            weights.get(name),
         )
         for name, layer in readers.items()
     }

@@ -55,7 +55,7 @@ def missing(
     site: PlannedSite,
     writers: Sequence[str],
     dense: Mapping[str, Tensor],
-    ordinary: Tensor,
+    counts: Tensor,
 ) -> Tensor:
     """Eᵀ X of a site's pruned layers, stacked: float32 [N, K].
 
@@ -63,7 +63,7 @@ def missing(
         index: a resident block whose sites before this one are pruned.
         writers: the block's layers that the residual stream takes up, in order.
         dense: the block's weights in the dense model.
-        ordinary: bool [T], the tokens that count: see `ordinary_tokens`.
+        counts: float32 [T], how much each token counts: 0 where `ordinary_tokens` says that it does not.
     """
     pruned = [layer.name for layer in site.pruned]
     before = list(writers[: writers.index(site.name) + 1]) if site.name in writers else []
@@ -83,7 +83,7 @@ def missing(
             with model.with_weights(dense):
                 lacking = outputs(wanted)
             lacking -= outputs(hidden)
-            lacking *= ordinary[start : start + len(lacking)].unsqueeze(1)
+            lacking *= counts[start : start + len(lacking)].unsqueeze(1)
             start += len(lacking)
             sums.addmm_(lacking.T, seen[pruned[0]][0])
     return sums

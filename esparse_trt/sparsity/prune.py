@@ -40,26 +40,39 @@ def prune_model(
     section: PruneSection,
     *,
     batch_size: int = 8,
-    training: Tensor | None = None,
     trust_remote_code: bool = False,
 ) -> Pruned:
     """Prune a model without writing anything; may be called again and again on the same folder.
+
+    What `recover.distill` asks for is left to `distill_model`.
 
     Args:
         path: local Hugging Face folder of the dense model.
         windows: int64 token ids [samples, length] of the calibration text.
         section: the recipe's prune section; its device is used.
         batch_size: sequences that pass through a block at a time.
-        training: token ids that `recover.distill` trains on, see `training_tokens`; None: `windows`.
     """
     model = BlockwiseModel(path, resolve_device(section.device), trust_remote_code=trust_remote_code)
     choice = _choose_layers(model, windows, section, batch_size) if section.budget else None
     pruner = Pruner(model, windows, section, batch_size, choice)
     pruned = _prune_all(pruner, Pruned(choice=choice))
-    if section.recover and section.recover.distill:
-        text = windows if training is None else training
-        pruned.add(distill(model, pruned, text, section.recover.distill))
     return replace(pruned, layers=pruned.layers + pruner.dense_layers())
+
+
+def distill_model(
+    path: Path, pruned: Pruned, windows: Tensor, section: PruneSection, *, trust_remote_code: bool = False
+) -> Pruned:
+    """What `prune_model` gave, trained as the section's `recover.distill` says; `pruned` stays as it is.
+
+    Args:
+        windows: int64 token ids [samples, length] of the text to train on.
+    """
+    assert section.recover is not None and section.recover.distill is not None
+    model = BlockwiseModel(path, resolve_device(section.device), trust_remote_code=trust_remote_code)
+    result = Pruned(choice=pruned.choice)
+    result.add(pruned)
+    result.add(distill(model, pruned, windows, section.recover.distill))
+    return result
 
 
 def training_tokens(

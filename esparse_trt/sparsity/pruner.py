@@ -9,7 +9,7 @@ written to disk here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from esparse_trt.sparsity.score import (
     needs_statistics,
 )
 from esparse_trt.sparsity.site import SitePruner, reads_residual
+from esparse_trt.sparsity.tokens import token_weights
 
 _SHARED_ROWS = 1 << 15  # rows of scores, over all layers, on which the shared permutation is chosen
 
@@ -76,11 +77,12 @@ class Pruner:
         self._recover = section.recover if section.recover and section.recover.steps else None
         self._correct = section.corrects
         self.calibrated = needs_statistics(section.score) or self.updated
+        self._hessian = needs_hessian(section.score) or self._refit or section.refine is not None
         self._collect = partial(
             calibrate.collect,
             bins=section.score.bins if needs_information(section.score) else None,
             measure=section.score.information,
-            hessian=needs_hessian(section.score) or self._refit or section.refine is not None,
+            hessian=self._hessian,
         )
         self._windows = windows
         self._batch_size = batch_size
@@ -91,6 +93,15 @@ class Pruner:
     def needs_shared(self) -> bool:
         """Whether `shared` has to be set before the first step."""
         return self.section.permute.residual == "shared" and self.shared is None
+
+    @cached_property
+    def _token_weights(self) -> dict[str, Tensor]:
+        """How much tokens count in the Hessians of sites in the blocks; empty: all the same."""
+        if self.section.tokens == "equal":
+            return {}
+        pruned = [site for block in self.plan.blocks for site in block if site.pruned]
+        layers = {site.name: [layer.name for layer in site.pruned] for site in pruned}
+        return token_weights(self.model, layers, self._windows)
 
     def restart(self) -> None:
         """Go back to the first block: its inputs are the embedded calibration text."""
@@ -159,7 +170,8 @@ class Pruner:
             for site in together:
                 missing = None
                 if ordinary is not None and site.pruned:
-                    missing = correct.missing(self.model, index, site, writers, dense, ordinary)
+                    counts = ordinary.float() * self._token_weights.get(site.name, 1)
+                    missing = correct.missing(self.model, index, site, writers, dense, counts)
                 found = self._sites.prune(
                     site,
                     statistics.get(site.name),
@@ -193,7 +205,8 @@ class Pruner:
         if not self.calibrated or not readers:
             return {}
         last = next(iter(readers)) if len(readers) == 1 else None
-        return self._collect(readers, lambda: self.model.run(index, last))
+        weights = self._token_weights if self._hessian else {}
+        return self._collect(readers, lambda: self.model.run(index, last), weights=weights)
 
     def _advance(self, index: int) -> None:
         if self.model.hidden is not None and index + 1 < self.steps:  # nobody reads what the last puts out

@@ -95,26 +95,26 @@ def distill(model: BlockwiseModel, pruned: Pruned, windows: Tensor, section: Dis
         for dtype in (model.dtype, torch.float32)
     )
     pruned.apply(sparse)
-    losses: list[float] = []
+    losses: list[Tensor] = []
     start = time.monotonic()
     with _Trained(sparse, pruned, section.learning_rate, section.steps) as trained:
         batches = _batches(len(windows), min(section.batch_size, len(windows)), section.steps, seed=0)
         for rows in track(batches, "distilling", total=section.steps):
             ids = windows[rows].to(device)
             with torch.no_grad():
-                wanted = dense(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+                wanted = dense(input_ids=ids, use_cache=False).logits.softmax(-1, dtype=torch.float32)
+                entropy = torch.special.entr(wanted).sum(-1).mean()
             with _autocast(device):
                 logits = sparse(input_ids=ids, use_cache=False).logits
-            got = logits.float().log_softmax(-1)
-            loss = nn.functional.kl_div(got, wanted, reduction="none", log_target=True).sum(-1).mean()
-            losses.append(float(loss.detach()))
+            loss = -(wanted * logits.log_softmax(-1, dtype=torch.float32)).sum(-1).mean() - entropy
+            losses.append(loss.detach())
             trained.step(loss)
-            if section.seconds is not None and time.monotonic() - start > section.seconds:
-                break
-    first, last = losses[:_WINDOW], losses[-_WINDOW:]
-    record = RecoverRecord(
-        block=None, steps=len(losses), before=sum(first) / len(first), after=sum(last) / len(last)
-    )
+            if section.seconds is not None:
+                losses[-1].item()  # waits for the step, which nothing else does
+                if time.monotonic() - start > section.seconds:
+                    break
+    means = [torch.stack(part).mean().item() for part in (losses[:_WINDOW], losses[-_WINDOW:])]
+    record = RecoverRecord(block=None, steps=len(losses), before=means[0], after=means[1])
     return Pruned(values=trained.values(model.stored_dtype, "the whole model"), recovered=[record])
 
 

@@ -38,15 +38,13 @@ from esparse_trt.artifacts import write_atomic
 from esparse_trt.engine import timing
 from esparse_trt.engine.kernels import Gpu, Kernels, load
 from esparse_trt.engine.operands import Operands
-from esparse_trt.engine.tune import QUICK_GRAPH_US, WARM_US, Layer
+from esparse_trt.engine.tune import QUICK_GRAPH_US, WARM_US, Layer, finalists
 from esparse_trt.errors import EsparseError
 
 PADDED = (8, 16, 32, 64)  # what cuSPARSELt may run for M <= 16
-RETRIED = 1.25  # times of the best: up to there a candidate is timed with programmatic dependent launch too
-TIMED = 3  # of each kind in the last pass, whose clocks are those of sustained load
+TIMED = 3  # of each peer in the last pass, whose clocks are those of sustained load
 ROUNDS = (9, 50)  # of the last pass, least and most
 FINAL_BUDGET_US = 60_000.0
-LISTED = 3.0  # times of the best: up to there a candidate's time is stored, for fit.py
 
 
 # --- one shape ---------------------------------------------------------------------------------------------
@@ -67,7 +65,7 @@ class Shape:
         """Time everything at M = m."""
         ours = self.layer.quick(m)
         ranked = sorted(ours, key=lambda name: ours[name])
-        retried = [name for name in ranked if ours[name] <= RETRIED * ours[ranked[0]]]
+        chained = self.layer.quick_programmatic(m, ours)
         dense = Dense(self.peers, self.operands, m)
         padded = [size for size in PADDED if size >= m] if m <= 16 else [m]
         peers = {size: self.sparse(size) for size in padded}
@@ -89,15 +87,15 @@ class Shape:
             return timing.measure(made, **limits)
 
         quick = contest(
-            {"dense": dense.algorithms, "cusparselt": padded, "ours_pdl": retried},
+            {"dense": dense.algorithms, "cusparselt": padded},
             QUICK_GRAPH_US, budget_us=1.0, rounds=(3, 3),
         )  # fmt: skip
         final = contest(
             {
                 "dense": _best(quick, "dense", TIMED),
                 "cusparselt": _best(quick, "cusparselt", TIMED),
-                "ours": ranked[:TIMED],
-                "ours_pdl": _best(quick, "ours_pdl", TIMED),
+                "ours": finalists(m, ours),
+                "ours_pdl": finalists(m, chained),
             },
             timing.GRAPH_US, budget_us=FINAL_BUDGET_US, warm_us=WARM_US, rounds=ROUNDS,
         )  # fmt: skip
@@ -118,9 +116,7 @@ class Shape:
             "bound": max(floors, key=lambda name: floors[name]),
             "read_us": floors["memory"],
             "errors": errors(self.layer, m, fastest, dense, sparse),
-            "candidates": {
-                name: round(ours[name], 3) for name in ranked if ours[name] < LISTED * ours[ranked[0]]
-            },
+            "candidates": {name: round(ours[name], 3) for name in ranked},
         }
 
     def sparse(self, m: int) -> Sparse:

@@ -11,8 +11,8 @@ The formula and its terms are those of heuristic.cpp. What counts is the candida
 fastest, so the fit minimises the mean logarithm of that one's measured time over the best one's, with a small
 weight on the error of the expected times, which leads the way where the choice does not change.
 
-bench.py stores no time of a candidate that it takes for slower than the best by at least 15 % from what it
-measured with fewer tokens, or that takes three times as long. Such a one counts as UNLISTED times the best.
+bench.py stores no time of a candidate that its sieve leaves out, since it takes half as long again as the
+best or more. Such a one counts as UNLISTED times the best.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Tile(NamedTuple):
     stream_k: bool = False
     rows_first: bool = False
     divides_rest: bool = False
+    fills: bool = True
 
     @property
     def cluster(self) -> int:
@@ -106,7 +107,7 @@ def parse(name: str) -> Tile | None:
         return int(found[1]) if found else 1
 
     if name.startswith("decode_"):
-        return Tile(families[-1], 16 * number("r"), 16, number("s"))
+        return Tile(families[-1], 16 * number("r"), 16, number("s"), fills=False)
     rows, tokens = map(int, re.findall(r"_n?(\d+)[mx](\d+)", name)[0])
     cluster = re.search(r"_c(\d)(\d)", name)
     share_x, share_w = map(int, cluster.groups()) if cluster else (number("x"), number("w"))
@@ -134,7 +135,8 @@ def terms(tile: Tile, cell: Cell) -> list[float]:
     sharing = min(tile.per_sm, math.ceil(clusters * tile.cluster / H100.multiprocessors))
     steps = math.ceil(math.ceil(k / TILE_K) / tile.split)
     flop = 2.0 * TILE_K * tile.rows * tile.tokens
-    fetched = TILE_K * (9 / 8 * tile.rows / tile.share_w + 2.0 * min(tile.tokens, m) / tile.share_x)
+    tokens = tile.tokens if tile.fills else min(tile.tokens, m)
+    fetched = TILE_K * (9 / 8 * tile.rows / tile.share_w + 2.0 * tokens / tile.share_x)
     weights = 9 / 8 * n * k / (MEMORY * H100.multiprocessors)
     factor = 1.001 if tile.rows_first else 1.0
     halvings = math.log2(tile.split)

@@ -35,9 +35,10 @@ def ceilings(peers: Peers) -> dict[str, float]:
 
 
 def clocks() -> dict[str, str]:
-    """What nvidia-smi says about clocks, power and temperature now."""
-    fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    """What nvidia-smi says about clocks, power and temperature of torch's GPU now."""
+    fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw.instant,power.limit,temperature.gpu"
+    gpu = f"GPU-{torch.cuda.get_device_properties().uuid}"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={gpu}"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):

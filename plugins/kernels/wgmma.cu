@@ -18,9 +18,7 @@ using wgmma::Arguments;
 using wgmma::Kernel;
 
 constexpr int kSharedOfSm = 228 * 1024, kSharedOfSystem = 1024;  // of the latter, one for each CTA
-constexpr int kMaxDepth = 12;                                    // of a ring, in 128 k
 constexpr int kWorthSplitting = 2;                               // 128-k tiles for each CTA, at least
-constexpr int kBarriers = 8 + 6 * kMaxDepth * 8;                 // bytes: one, and two for each stage
 
 // What the CTAs of a cluster do, and how many fit on an SM: they split K of every tile, and share x and W.
 struct Plan {
@@ -29,6 +27,7 @@ struct Plan {
 };
 
 int count(int64_t size, int tile) { return static_cast<int>(ceil_div(size, tile)); }
+wgmma::Shares shares(int count, int parts) { return {count / parts, count % parts}; }
 
 class WgmmaCandidate final : public Candidate {
  public:
@@ -63,35 +62,44 @@ class WgmmaCandidate final : public Candidate {
     a.k_tiles = count(p.k, kTileK);
     a.row_clusters = count(p.n, kernel_.rows * plan_.share_x);
     a.token_clusters = count(p.m, kernel_.tokens * plan_.share_w);
-    a.share_x = plan_.share_x;
-    a.share_w = plan_.share_w;
+    a.log_share_x = plan_.share_x / 2;  // of 1, 2, 4
+    a.log_share_w = plan_.share_w / 2;
     a.split = plan_.split;
     a.ctas = plan_.ctas();
+    a.programmatic = launch.programmatic;
+    const int parts = a.split > 1 ? a.split : a.ctas;
+    a.k_shares = shares(a.k_tiles, parts);
+    a.column_shares = shares(kernel_.tokens / 8, parts);
     // Weights that a single token tile reads pass through L2 once; x is read by every row tile.
     a.weight_policy = a.token_clusters == 1 ? kEvictFirst : kEvictNormal;
     a.x_policy = a.token_clusters == 1 ? kEvictLast : kEvictNormal;
     const int shared = place_in_shared_memory(a);
+    a.x_arrives = wgmma::x_boxes(kernel_.tokens) * tokens_at_once(p) * plan_.share_x * 128;
     const void* function = p.dtype == ESPARSE_FP16 ? kernel_.fp16 : kernel_.bf16;
     cudaError_t error = allow_shared_memory(function, shared);
     if (error) return cudaGetErrorString(error);
 
-    cudaLaunchAttribute attributes[2]{};
-    // Also where it is of one CTA: without the attribute a barrier of the cluster has no separate arrival.
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    const dim3 cluster(a.share_x, a.share_w, a.split);
-    attributes[0].val.clusterDim = {cluster.x, cluster.y, cluster.z};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2]{};  // an attribute costs time: none that changes nothing
     cudaLaunchConfig_t config{};
-    config.gridDim = cluster;
+    config.attrs = attributes;
+    if (a.ctas > 1) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs++].val.clusterDim = {1, static_cast<unsigned>(a.ctas), 1};
+    }
+    if (launch.programmatic) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    config.gridDim = {1, static_cast<unsigned>(a.ctas)};  // of clusters_at_once
     config.blockDim = static_cast<unsigned>(128 * (kernel_.warpgroups + 1));
     config.dynamicSmemBytes = shared;
     config.stream = static_cast<cudaStream_t>(launch.stream);
-    config.attrs = attributes;
-    config.numAttrs = launch.programmatic ? 2 : 1;
     const int clusters = clusters_at_once(config, function, a.row_clusters * a.token_clusters);
-    config.gridDim.x *= clusters;
+    config.gridDim.x = clusters;
     a.group = group(a, clusters);
+    a.in_group = a.group * a.row_clusters;
+    a.by_group = wgmma::Divisor(a.group);
+    a.by_in_group = wgmma::Divisor(a.in_group);
     divide(a, clusters);
     void* arguments[] = {&a};
     error = cudaLaunchKernelExC(&config, function, arguments);
@@ -99,6 +107,14 @@ class WgmmaCandidate final : public Candidate {
   }
 
  private:
+  // That one copy of x brings. The copy engine fills absent tokens with zeros more slowly than it reads present ones:
+  // where all tokens are in one tile it is not asked to. What is in their place does not matter, as a sum is of one
+  // token, and that of an absent one is not stored.
+  int tokens_at_once(const esparse_gemm& p) const {
+    if (plan_.share_x > 1) return kernel_.tokens / plan_.share_x;
+    return static_cast<int>(std::min<int64_t>(kernel_.tokens, p.m));
+  }
+
   // What createpolicy gives for whole tensors.
   static constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictLast = 0x14F0000000000000,
                             kEvictNormal = 0x1000000000000000;
@@ -107,7 +123,7 @@ class WgmmaCandidate final : public Candidate {
     const auto type = p.dtype == ESPARSE_FP16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const auto swizzle = CU_TENSOR_MAP_SWIZZLE_128B;
     const uint64_t m = p.m, n = p.n, k = p.k, words = kTileN * kTileK / 32, row_tiles = ceil_div(p.n, kTileN);
-    const uint32_t rows = kernel_.rows / plan_.share_w, tokens = kernel_.tokens / plan_.share_x;
+    const uint32_t rows = kernel_.rows / plan_.share_w, tokens = static_cast<uint32_t>(tokens_at_once(p));
     const char* error = encode_tensor_map({type, p.values, 2, {k / 2, n}, {k}, {64, rows}, swizzle}, &a.values);
     if (!error) error = encode_tensor_map({type, p.x, 2, {k, m}, {2 * k}, {64, tokens}, swizzle}, &a.x);
     if (!error)
@@ -125,16 +141,15 @@ class WgmmaCandidate final : public Candidate {
   // Rings, buffers of y, what is received of the exchange, barriers. Returns the bytes.
   int place_in_shared_memory(Arguments& a) const {
     const int staging = wgmma::staging_bytes(kernel_.tokens, kernel_.warpgroups);
-    const int available = kSharedOfSm / plan_.per_sm - kSharedOfSystem - staging - kBarriers;
-    const int received = received_bytes(a.split), depth = std::min(kMaxDepth, count(a.k_tiles, a.split));
+    const int available = kSharedOfSm / plan_.per_sm - kSharedOfSystem - staging - wgmma::kBarriersBytes;
+    const int received = received_bytes(a.split), depth = std::min(wgmma::kMaxStages, count(a.k_tiles, a.split));
     int rings = fill_rings(a, depth, available - received);
     // Where all tiles are split, a buffer of its own spares a barrier of the cluster, but is not worth shallow rings.
     a.exchange_in_ring = a.split == 1 || a.x_stages * wgmma::x_boxes(kernel_.tokens) < 2 * std::min(4, depth);
     if (a.exchange_in_ring) rings = std::max(fill_rings(a, depth, available), received);
-    a.staging = static_cast<uint32_t>(ceil_div(rings, 1024) * 1024);
-    a.received = a.exchange_in_ring ? 0 : a.staging + staging;
-    a.barriers = a.staging + staging + (a.exchange_in_ring ? 0 : received);
-    return static_cast<int>(a.barriers) + kBarriers;
+    a.staging = wgmma::kBarriersBytes + static_cast<uint32_t>(ceil_div(rings, 1024) * 1024);
+    a.received = a.exchange_in_ring ? wgmma::kBarriersBytes : a.staging + staging;
+    return static_cast<int>(a.staging) + staging + (a.exchange_in_ring ? 0 : received);
   }
 
   // What a CTA receives from the others that split a tile's K into `parts`.
@@ -147,8 +162,8 @@ class WgmmaCandidate final : public Candidate {
     a.weights_stages = a.x_stages = 0;
     for (;;) {
       const bool behind = 2 * a.weights_stages <= a.x_stages * wgmma::x_boxes(kernel_.tokens);
-      const int next = behind ? weights : x;
-      if (bytes + next > available || (behind && a.weights_stages == depth)) return bytes;
+      const int next = behind ? weights : x, stages = behind ? a.weights_stages : a.x_stages;
+      if (bytes + next > available || stages == (behind ? depth : wgmma::kMaxStages)) return bytes;
       ++(behind ? a.weights_stages : a.x_stages);
       bytes += next;
     }
@@ -160,7 +175,11 @@ class WgmmaCandidate final : public Candidate {
     if (plan_.split > 1) return tiles;
     if (!at_once_) {
       int clusters = 0;
-      if (cudaOccupancyMaxActiveClusters(&clusters, function, &config) || clusters < 1) return tiles;
+      esparse_gpu gpu;
+      const bool known = plan_.ctas() == 1
+                             ? !esparse_current_gpu(&gpu, nullptr) && (clusters = plan_.per_sm * gpu.multiprocessors)
+                             : !cudaOccupancyMaxActiveClusters(&clusters, function, &config) && clusters > 0;
+      if (!known) return tiles;
       at_once_ = clusters;
     }
     return std::min<int>(tiles, at_once_);
@@ -172,7 +191,7 @@ class WgmmaCandidate final : public Candidate {
     const int blocks = a.row_clusters * a.token_clusters;
     const int left = blocks % clusters, tiles = left * a.ctas;
     const bool pays = blocks > clusters && tiles <= clusters && a.k_tiles >= kWorthSplitting * a.ctas;
-    const bool fits = received_bytes(a.ctas) <= static_cast<int>(a.staging);
+    const bool fits = received_bytes(a.ctas) + wgmma::kBarriersBytes <= static_cast<int>(a.staging);
     const bool divided = a.split == 1 && a.ctas > 1 && !kernel_.pingpong && pays && fits;
     a.blocks = divided ? blocks - left : blocks;
     a.tiles = divided ? tiles : 0;
@@ -192,7 +211,8 @@ class WgmmaCandidate final : public Candidate {
 
 }  // namespace
 
-// Those that were among the fastest of some shape when all combinations were timed on an H100.
+// Those that were among the fastest of some shape when all combinations were timed on an H100, and splits of few large
+// tiles, whose clusters run at once: of 1, 2 .. 8 CTAs it takes 132, 66, 39, 30, 22, 17, 15 and 15.
 void add_wgmma(Candidates& all) {
   std::vector<Kernel> kernels;
   wgmma::add_narrow(kernels);
@@ -205,18 +225,24 @@ void add_wgmma(Candidates& all) {
   // split, share_x, share_w, per_sm
   add(64, 16, false, {{1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}});
   add(128, 16, false, {{1, 1, 1, 2}, {2, 1, 1, 1}});
-  add(64, 32, false, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}});
+  add(64, 32, false, {{1, 1, 1, 1}, {1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}, {4, 1, 1, 2}, {8, 1, 1, 1}});
   add(128, 32, false, {{1, 1, 1, 1}, {1, 1, 1, 2}});
   add(64, 64, false, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {1, 4, 1, 1}});
-  add(64, 64, false, {{2, 1, 1, 1}, {3, 1, 1, 1}, {2, 4, 1, 1}});
+  add(64, 64, false, {{2, 1, 1, 1}, {3, 1, 1, 1}, {4, 1, 1, 1}, {8, 1, 1, 1}, {2, 4, 1, 1}});
   add(128, 64, false, {{1, 1, 1, 1}, {1, 1, 1, 2}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}});
-  add(128, 64, false, {{2, 1, 1, 1}, {2, 1, 2, 1}, {2, 2, 2, 1}, {3, 1, 2, 1}});
+  add(128, 64, false, {{2, 1, 1, 1}, {3, 1, 1, 1}, {4, 1, 1, 1}, {2, 1, 2, 1}, {2, 2, 2, 1}, {3, 1, 2, 1}});
+  add(192, 64, false, {{1, 1, 1, 1}, {2, 1, 1, 1}});
   add(128, 128, false, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {1, 2, 2, 1}});
-  add(128, 128, false, {{2, 1, 1, 1}, {2, 2, 1, 1}, {2, 1, 2, 1}, {2, 2, 2, 1}, {3, 1, 1, 1}});
-  add(192, 128, false, {{1, 1, 1, 1}, {1, 2, 1, 1}, {2, 1, 1, 1}});
+  add(128, 128, false, {{2, 1, 1, 1}, {2, 2, 1, 1}, {2, 1, 2, 1}, {2, 2, 2, 1}});
+  add(128, 128, false, {{3, 1, 1, 1}, {4, 1, 1, 1}, {8, 1, 1, 1}});
+  add(192, 128, false, {{1, 1, 1, 1}, {1, 2, 1, 1}});
+  add(192, 128, false, {{2, 1, 1, 1}, {3, 1, 1, 1}, {4, 1, 1, 1}, {5, 1, 1, 1}, {6, 1, 1, 1}});
   add(256, 128, false, {{1, 2, 1, 1}, {1, 1, 2, 1}});
-  add(128, 256, false, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}, {2, 1, 1, 1}, {2, 4, 1, 1}});
+  add(256, 128, false, {{2, 1, 1, 1}, {3, 1, 1, 1}, {4, 1, 1, 1}, {5, 1, 1, 1}});
+  add(128, 256, false, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 4, 1, 1}, {1, 1, 2, 1}});
+  add(128, 256, false, {{2, 1, 1, 1}, {2, 4, 1, 1}, {3, 1, 1, 1}, {4, 1, 1, 1}});
   add(192, 256, false, {{1, 1, 1, 1}, {1, 2, 1, 1}});
+  add(192, 256, false, {{2, 1, 1, 1}, {3, 1, 1, 1}, {4, 1, 1, 1}, {5, 1, 1, 1}});
   add(256, 192, false, {{1, 1, 1, 1}, {1, 2, 1, 1}, {1, 1, 2, 1}});
   add(128, 128, true, {{1, 1, 2, 1}});
   add(128, 192, true, {{1, 2, 1, 1}});

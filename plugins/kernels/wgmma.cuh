@@ -9,7 +9,7 @@
 // t = 2, 3 with selector 1; as the four q are adjacent words, one 8-byte load a lane serves 128 k.
 //
 // Warp specialisation: in the last warpgroup one warp drives the copies of the weights, which depend on no other
-// kernel, and one those of x, which wait for the previous one (wgmma_pipeline.cuh); the other warpgroups multiply
+// kernel, and one those of x, which wait for the previous one (wgmma_feed.cuh); the other warpgroups multiply
 // (wgmma_consumer.cuh). A stage is handed back only when the wgmmas of the next one are under way, so the tensor cores
 // never drain between stages.
 //
@@ -24,6 +24,7 @@
 // stores while the other multiplies.
 #pragma once
 
+#include "wgmma_feed.cuh"
 #include "wgmma_reduce.cuh"
 
 namespace esparse::wgmma {
@@ -36,43 +37,31 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLight ? 2 : 1) gemm(con
   const Cta<Tile> cta(a, ptx::shared_address(memory));
   const int warp = threadIdx.x / 32;
   constexpr int kWeightsWarp = Tile::kConsumers / 32, kXWarp = kWeightsWarp + 1;
-  constexpr int kReady = 8;  // the named barrier of the warps that copy; the other warpgroups have 1 and up
 
   ptx::griddepcontrol_launch_dependents();
   if (warp >= kWeightsWarp) {
     if constexpr (Tile::kHeavy) ptx::setmaxnreg_dec<Tile::kProducerRegisters>();
     const bool elected = ptx::elect_sync();
-    if (elected) cta.init_barriers(warp - kWeightsWarp);
-    __syncwarp();
-    ptx::barrier_cluster_arrive_relaxed();
-    ptx::bar_sync(kReady, 128);
     if (warp == kWeightsWarp) {
-      // Copies that stay in this CTA need not wait until the others of the cluster have set up their barriers.
-      if (elected && a.share_w == 1) cta.produce_weights();
-      __syncwarp();
-      ptx::barrier_cluster_wait_acquire();
-      if (elected && a.share_w > 1) cta.produce_weights();
+      feed<WeightsCopies<Tile>>(cta, elected);
     } else if (warp == kXWarp) {
-      if (elected && a.share_x == 1) {
-        ptx::griddepcontrol_wait();
-        cta.produce_x();
+      feed<XCopies<Tile>>(cta, elected);
+    } else {
+      if (warp == kXWarp + 1 && elected) {
+        ptx::mbarrier_init(cta.reduced(), 1);
+        ptx::fence_mbarrier_init();
       }
       __syncwarp();
-      ptx::barrier_cluster_wait_acquire();
-      if (elected && a.share_x > 1) {
-        ptx::griddepcontrol_wait();
-        cta.produce_x();
-      }
-    } else {
-      ptx::barrier_cluster_wait_acquire();
+      cta.arrive_set_up();
+      if (!cta.alone()) ptx::barrier_cluster_wait_acquire();
     }
     __syncwarp();
     if (cta.splits() && a.exchange_in_ring) cluster_sync();
   } else {
     if constexpr (Tile::kHeavy) ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();
-    cluster_sync();
+    cta.await_set_up();
     Consumer<Tile> consumer(cta);
-    for (int index = cta.cluster + consumer.turn * cta.clusters; index < cta.pieces();
+    for (uint32_t index = cta.cluster + consumer.turn * cta.clusters; index < cta.pieces();
          index += Tile::kTurns * cta.clusters) {
       const Work work = cta.work(index);
       consumer.begin(work);
@@ -86,7 +75,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLight ? 2 : 1) gemm(con
     }
   }
   // Until the others of the cluster neither read this one's shared memory nor arrive at its barriers.
-  if (a.ctas > 1) {
+  if (!cta.alone()) {
     __syncwarp();
     if (!cta.splits() || warp >= kWeightsWarp) ptx::barrier_cluster_arrive_relaxed();
     ptx::barrier_cluster_wait_acquire();

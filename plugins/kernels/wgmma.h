@@ -10,24 +10,53 @@
 
 namespace esparse::wgmma {
 
+// Division of what is less than 2^31 by a divisor that is known at launch: a multiplication, as a division takes a
+// hundred clocks. factor / 2^(31 + shift) exceeds 1 / divisor by too little to matter.
+struct Divisor {
+  uint32_t shift = 0, factor = 0;
+  Divisor() = default;
+  explicit Divisor(uint32_t divisor) {
+    while (uint32_t{1} << shift < divisor) ++shift;
+    factor = static_cast<uint32_t>((uint64_t{1} << (31 + shift)) / divisor + 1);
+  }
+  __host__ __device__ uint32_t quotient(uint32_t n) const {
+    return static_cast<uint32_t>(uint64_t{2 * n} * factor >> 32) >> shift;
+  }
+};
+
+// Nearly equal shares of `count`: the first `rest` have one more. Where the `part`-th ends, the next begins.
+struct Shares {
+  int each, rest;
+  __host__ __device__ int begin(int part) const { return part * each + (part < rest ? part : rest); }
+};
+
+// What the first copies need comes first, in the one or two lines of the constant cache that they wait for.
 struct Arguments {
-  CUtensorMap values, metadata, x;
-  const void* bias;  // [N], or null
-  void* y;           // [M, columns]
+  int k_tiles;                     // of 128 k
+  int weights_stages, x_stages;
+  int x_arrives;                   // bytes of a stage of x
+  int log_share_x, log_share_w;    // of a cluster: tiles along the rows, along the tokens
+  int split, ctas;                 // parts of K; all of a cluster
+  int programmatic;                // x may not be there yet when the kernel starts
+  Shares k_shares, column_shares;  // of those who split K, and the columns of a tile that each adds up
+  uint32_t blocks, tiles;          // pieces of work: blocks of tiles, then single ones of which all CTAs split K
+  uint32_t row_clusters, token_clusters;  // blocks of tiles of y^T
+  uint32_t group, in_group;               // token clusters that are worked on together, and their blocks
+  Divisor by_group, by_in_group;
+  uint64_t weight_policy, x_policy;  // for L2
+  uint32_t staging, received;        // offsets in shared memory
+  int exchange_in_ring;              // sums of other CTAs are received where the stages were
   int m, n;
   int columns;  // n, or with an activation n / 2
   esparse_activation activation;
-  int k_tiles;                        // of 128 k
-  int row_clusters, token_clusters;   // the tiles of y^T in blocks of share_x x share_w
-  int group;                          // token clusters that are worked on together
-  int share_x, share_w, split, ctas;  // of a cluster: along the rows, the tokens and K of a block of tiles; all of them
-  int blocks, tiles;                  // pieces of work: blocks of tiles, then single ones of which all CTAs split K
-  int weights_stages, x_stages;
-  uint32_t staging, received, barriers;  // offsets in shared memory
-  int exchange_in_ring;                  // sums of other CTAs are received where the stages were
-  uint64_t weight_policy, x_policy;      // for L2
+  const void* bias;  // [N], or null
+  void* y;           // [M, columns]
+  CUtensorMap values, metadata, x;
 };
 
+constexpr int kMaxStages = 12;  // of a ring
+// At the beginning of shared memory, where the compiler knows them: that of the exchange, then each ring's.
+constexpr int kBarriersBytes = 1024;
 constexpr int weights_bytes(int rows) { return rows * (128 + 16); }  // of a stage of 128 k: values, metadata
 // A stage of x is 64 k, or 128 k where the wgmmas are so short that each wait counts.
 constexpr int x_boxes(int tokens) { return tokens <= 64 ? 2 : 1; }

@@ -6,9 +6,6 @@
 
 namespace esparse::wgmma::detail {
 
-// Named barriers; the warpgroups that multiply have 1 and up, those that copy 8.
-constexpr int kTurnBarrier = 4;
-
 // Shared-memory matrix descriptor: K-major, 128-byte swizzle, 8-row groups 1024 bytes apart.
 __device__ inline uint64_t descriptor(uint32_t address) {
   return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3FFFF) >> 4;
@@ -55,8 +52,8 @@ struct Consumer {
     const bool shares = work.tiles > 1;
     const int along_tokens = shares ? cta.beside(cta.row, lane) : cta.rank;
     const int along_rows = shares ? cta.beside(lane, cta.token) : cta.rank;
-    weights_handback = lane < cta.a.share_w ? ptx::mapa(weights.empty(0), along_tokens) : 0;
-    x_handback = lane < cta.a.share_x ? ptx::mapa(x.empty(0), along_rows) : 0;
+    weights_handback = lane < cta.share_w() ? ptx::mapa(weights.empty(0), along_tokens) : 0;
+    x_handback = lane < cta.share_x() ? ptx::mapa(x.empty(0), along_rows) : 0;
     load_bias(work);
   }
 
@@ -115,7 +112,7 @@ struct Consumer {
       issue<1>(words, x.here());
       ptx::wgmma_commit_group();
       ptx::wgmma_wait_group<1>();
-      if (x_handback) ptx::mbarrier_arrive_cluster(x_handback + 8 * stage);
+      if (x_handback) ptx::mbarrier_arrive_cluster(x_handback + 16 * stage);
     } else {
       issue<1>(words, x.here() + Tile::kTokens * 128);
       ptx::wgmma_commit_group();
@@ -129,8 +126,8 @@ struct Consumer {
   // Hand back the stages before the present ones: the second half of the last step has ended.
   __device__ void release_before() const {
     const int w = (weights.stage ? weights.stage : weights.stages) - 1, t = (x.stage ? x.stage : x.stages) - 1;
-    if (weights_handback) ptx::mbarrier_arrive_cluster(weights_handback + 8 * w);
-    if (x_handback) ptx::mbarrier_arrive_cluster(x_handback + 8 * t);
+    if (weights_handback) ptx::mbarrier_arrive_cluster(weights_handback + 16 * w);
+    if (x_handback) ptx::mbarrier_arrive_cluster(x_handback + 16 * t);
   }
 
   // sum = the product over this CTA's k.
@@ -179,9 +176,9 @@ struct Consumer {
 
   // y = sum + bias, or what the activation makes of it, in this CTA's columns.
   __device__ void store(const Work& work) {
-    const bool whole = work.whole();  // spares the divisions
-    const int first = whole ? 0 : share_begin(Tile::kColumns, work.part, work.parts);
-    const int end = whole ? Tile::kColumns : share_begin(Tile::kColumns, work.part + 1, work.parts);
+    const bool whole = work.whole();
+    const int first = whole ? 0 : cta.a.column_shares.begin(work.part);
+    const int end = whole ? Tile::kColumns : cta.a.column_shares.begin(work.part + 1);
     cta.a.activation ? store<true>(work, first, end) : store<false>(work, first, end);
   }
 

@@ -57,38 +57,6 @@ __device__ inline bool elect_sync() {
   return elected;
 }
 
-__device__ inline int cluster_ctarank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-// Place in the cluster.
-__device__ inline int cluster_ctaid_x() {
-  int id;
-  asm volatile("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(id));
-  return id;
-}
-__device__ inline int cluster_ctaid_y() {
-  int id;
-  asm volatile("mov.u32 %0, %%cluster_ctaid.y;" : "=r"(id));
-  return id;
-}
-__device__ inline int cluster_ctaid_z() {
-  int id;
-  asm volatile("mov.u32 %0, %%cluster_ctaid.z;" : "=r"(id));
-  return id;
-}
-__device__ inline int clusterid_x() {
-  int id;
-  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
-  return id;
-}
-__device__ inline int nclusterid_x() {
-  int count;
-  asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
-  return count;
-}
-
 // `barrier` may lie in another CTA of the cluster (an address from mapa). Orders nothing but what this thread waited
 // for: with .release.cluster it would become a fence of the whole GPU.
 __device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {

@@ -8,11 +8,12 @@ namespace esparse::wgmma::detail {
 template <class Tile>
 constexpr int kColumnBytes = Tile::kBlocks * 128 * 16;  // of a warpgroup's sums in a column of 8 tokens
 
-// Where part `to` of K, whose columns begin with `first`, receives this thread's sums from part `from`, of `parts`:
-// those of column j are j columns further on.
+// Where part `to` of K, whose columns begin with `first`, receives this thread's sums from part `from`: those
+// of column j are j columns further on.
 template <class Tile>
-__device__ uint32_t received(const Consumer<Tile>& c, int from, int to, int parts, int first) {
-  const int slot = from < to ? from : from - 1, columns = (Tile::kColumns + parts - 1) / parts;
+__device__ uint32_t received(const Consumer<Tile>& c, int from, int to, int first) {
+  const Shares& shares = c.cta.a.column_shares;
+  const int slot = from < to ? from : from - 1, columns = shares.each + (shares.rest > 0);
   return c.cta.shared + c.cta.a.received + c.thread % 128 * 16 +
          ((slot * Tile::kWarpgroups + c.warpgroup) * columns - first) * kColumnBytes<Tile>;
 }
@@ -23,11 +24,11 @@ __device__ void send(Consumer<Tile>& c, const Work& work) {
   const auto& cta = c.cta;
   for (int i = 1; i < work.parts; ++i) {
     const int other = work.part + i < work.parts ? work.part + i : work.part + i - work.parts;
-    const int first = share_begin(Tile::kColumns, other, work.parts);
-    const int end = share_begin(Tile::kColumns, other + 1, work.parts);
-    const int rank = cta.rank % work.tiles + work.tiles * other;
+    const int first = cta.a.column_shares.begin(other);
+    const int end = cta.a.column_shares.begin(other + 1);
+    const int rank = (cta.rank & (work.tiles - 1)) + work.tiles * other;
     const uint32_t barrier = ptx::mapa(cta.reduced(), rank);
-    const uint32_t to = ptx::mapa(cta.shared, rank) - cta.shared + received(c, work.part, other, work.parts, first);
+    const uint32_t to = ptx::mapa(cta.shared, rank) - cta.shared + received(c, work.part, other, first);
 #pragma unroll
     for (int j = 0; j < Tile::kColumns; ++j) {
       if (j < first || j >= end) continue;
@@ -43,8 +44,8 @@ __device__ void send(Consumer<Tile>& c, const Work& work) {
 template <class Tile>
 __device__ void reduce(Consumer<Tile>& c, const Work& work) {
   const auto& cta = c.cta;
-  const int first = share_begin(Tile::kColumns, work.part, work.parts);
-  const int end = share_begin(Tile::kColumns, work.part + 1, work.parts);
+  const int first = cta.a.column_shares.begin(work.part);
+  const int end = cta.a.column_shares.begin(work.part + 1);
   if (c.thread == 0)
     ptx::mbarrier_arrive_expect_tx(cta.reduced(), (end - first) * Tile::kRows * 8 * 4 * (work.parts - 1));
   send(c, work);
@@ -52,7 +53,7 @@ __device__ void reduce(Consumer<Tile>& c, const Work& work) {
   }
   for (int other = 0; other < work.parts; ++other) {
     if (other == work.part) continue;
-    const uint32_t from = received(c, other, work.part, work.parts, first);
+    const uint32_t from = received(c, other, work.part, first);
 #pragma unroll
     for (int j = 0; j < Tile::kColumns; ++j) {
       if (j < first || j >= end) continue;

@@ -181,7 +181,6 @@ class PlayedLayer(tune.Layer):
 
     def __init__(self, kernels, gpu, n, k, dtype, rows):
         self.kernels, self.gpu, self.n, self.k, self.dtype = kernels, gpu, n, k, dtype
-        self._least, self._best = {}, (0, float("inf"))
 
     def replay(self, m, candidate, *, programmatic=False, **options):
         return candidate, m, "programmatic" if programmatic else "plain"
@@ -244,13 +243,29 @@ def test_the_fastest_candidate_wins_each_cell_and_only_close_ones_are_timed_agai
     assert not any("reference" in names(found) for found in played)
 
 
-def test_a_candidate_that_cannot_win_waits_for_a_larger_m(played, tmp_path):
-    tune.tune(Library(), make_table(), tmp_path / "t.json", [(64, 64)], tokens=(1, 2, 16, 64))
-    quick = [names(found) for found in played if {launch for *_, launch in found} == {"plain"}]
-    assert quick[0] == ["decode_fast", "decode_close", "wide"]
-    assert quick[1] == ["decode_fast", "decode_close"]  # wide took 40 us at M = 1, twice 7.1 us is enough
-    assert quick[2] == ["decode_fast", "decode_close", "wide"]  # at 8 times the tokens it might
-    assert quick[3] == ["wide"]
+def test_a_hopeless_candidate_is_launched_but_a_few_times(played, tmp_path):
+    tune.tune(Library(), make_table(), tmp_path / "t.json", [(64, 64)], tokens=(1, 16))
+    sieve, quick, *_ = (names(found) for found in played)
+    assert (sieve, quick) == (["decode_fast", "decode_close", "wide"], ["decode_fast", "decode_close"])
+    sieve = names(played[4])
+    assert sieve == ["decode_fast", "decode_close", "wide"]  # at other numbers of tokens it may win
+
+
+def test_few_tokens_have_three_finalists():
+    quick = {"d": 13.0, "c": 10.2, "a": 10.0, "b": 10.1}
+    assert tune.finalists(16, quick) == ["a", "b", "c"]
+    assert tune.finalists(16, {"a": 10.0, "b": 11.1, "c": 11.3}) == ["a", "b"]
+
+
+def test_many_tokens_have_more_finalists_but_one_for_each_kernel():
+    orders = {f"cutlass_256x128_c12_w{order}": 10.0 + i / 10 for i, order in enumerate(("2m", "1n", "1m"))}
+    others = {f"wgmma_n{rows}m256_x2": 10.05 + rows / 1000 for rows in range(64, 1024, 64)}
+    found = tune.finalists(512, {**others, "cutlass_128x128_c12_w1m": 11.0, **orders})
+    assert found[0] == "cutlass_256x128_c12_w2m" and found[1] == "wgmma_n64m256_x2"
+    assert len(found) == 8 and not set(found) & {"cutlass_256x128_c12_w1n", "cutlass_256x128_c12_w1m"}
+    assert tune.finalists(512, {"cutlass_128x128_c12_w1m": 11.0, **orders}) == [
+        "cutlass_256x128_c12_w2m", "cutlass_128x128_c12_w1m",
+    ]  # fmt: skip
 
 
 def test_a_tuner_that_was_stopped_goes_on_where_it_was(played, tmp_path, monkeypatch):
@@ -271,7 +286,7 @@ def test_a_tuner_that_was_stopped_goes_on_where_it_was(played, tmp_path, monkeyp
     played.clear()
     table = tune.open_table(path, Library(), H100)
     tune.tune(Library(), table, path, [(64, 64), (128, 64)], tokens=(1, 16))
-    assert len(played) == 2 * 3  # two cells: a quick pass of each kind, and the last one
+    assert len(played) == 2 * 4  # two cells: the sieve, a quick pass of each kind, and the last one
     assert len(load_table(path).rows) == 4
 
 

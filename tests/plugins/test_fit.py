@@ -32,7 +32,7 @@ def cells(fit, constants):
 
 def test_a_name_says_what_the_tile_is(fit):
     decode, wgmma, cutlass, pingpong, stream_k = range(5)
-    assert fit.parse("decode_r4k2u6_s8") == fit.Tile(decode, 64, 16, split=8)
+    assert fit.parse("decode_r4k2u6_s8") == fit.Tile(decode, 64, 16, split=8, fills=False)
     assert fit.parse("wgmma_n128m64_s2_o2") == fit.Tile(wgmma, 128, 64, split=2, per_sm=2)
     assert fit.parse("wgmma_n128m64_x2_w4") == fit.Tile(
         wgmma, 128, 64, share_x=2, share_w=4, divides_rest=True
@@ -62,6 +62,15 @@ def test_a_name_says_what_the_tile_is(fit):
 )
 def test_waves_are_whole_but_where_tiles_are_divided(fit, name, clusters, waves):
     assert fit.waves(fit.parse(name), clusters, steps=32) == pytest.approx(waves)
+
+
+def test_absent_tokens_are_fetched_by_the_copy_engine_alone(fit):
+    fetched = {
+        name: [fit.terms(fit.parse(name), {"n": 64, "k": 128, "m": m})[3] for m in (1, 16)]
+        for name in ("decode_r4k2u6_s1", "wgmma_n64m16")
+    }
+    assert fetched["wgmma_n64m16"][0] == fetched["wgmma_n64m16"][1] == fetched["decode_r4k2u6_s1"][1]
+    assert fetched["decode_r4k2u6_s1"][0] < fetched["decode_r4k2u6_s1"][1]
 
 
 def test_a_better_choice_has_the_lower_loss_and_the_fit_finds_it(fit, monkeypatch):

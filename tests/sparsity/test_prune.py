@@ -381,7 +381,8 @@ def test_updates_lower_the_error_of_a_layers_output(make_model, windows):
     x, weight = inputs_of(model, name, windows), model.get_submodule(name).weight.double()
     errors = []
     for update in ({"method": "none"}, OBS):
-        pruned = prune_model(path, windows, only(name, update=update, score={"method": "wanda"}))
+        wanted = only(name, update=update, score={"method": "wanda"}, tokens="equal")
+        pruned = prune_model(path, windows, wanted)
         sparse = torch.zeros_like(weight).masked_scatter(
             pruned.masks[name], pruned.values.get(name, weight[pruned.masks[name]]).double()
         )
@@ -428,7 +429,7 @@ def test_a_site_shares_its_hessian_and_not_its_rows(make_model, windows):
     """Stacking q, k and v gives each what it gets alone."""
     path, off = make_model("llama"), {"global": "none", "local": None, "residual": "none"}
     name = "model.layers.0.self_attn.v_proj"
-    together = prune_model(path, windows, section(permute=off, update=OBS))
-    alone = prune_model(path, windows, only(name, permute=off, update=OBS))
+    together = prune_model(path, windows, section(permute=off, update=OBS, tokens="equal"))
+    alone = prune_model(path, windows, only(name, permute=off, update=OBS, tokens="equal"))
     assert torch.equal(together.masks[name], alone.masks[name])
     torch.testing.assert_close(together.values[name], alone.values[name])

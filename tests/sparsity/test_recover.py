@@ -9,7 +9,7 @@ from esparse_trt.artifacts import BuildDir
 from esparse_trt.errors import EsparseError
 from esparse_trt.sections import PruneSection
 from esparse_trt.sparsity.pattern import Pattern, conforming_share
-from esparse_trt.sparsity.prune import prune, prune_model
+from esparse_trt.sparsity.prune import distill_model, prune, prune_model
 from esparse_trt.sparsity.recover import _batches
 
 BLOCKS = {"steps": 20, "learning_rate": 2e-3}
@@ -18,6 +18,13 @@ WHOLE = {"steps": 0, "distill": {"steps": 20, "learning_rate": 2e-3, "batch_size
 
 def section(**changes):
     return PruneSection.model_validate({"permute": {"local": {"block": 16}}, "device": "cpu"} | changes)
+
+
+def recovered(path, windows, section, **options):
+    """Pruned and trained as the section says, the whole model too."""
+    pruned = prune_model(path, windows, section, **options)
+    whole = section.recover and section.recover.distill
+    return distill_model(path, pruned, windows, section) if whole else pruned
 
 
 def relative_error(got, wanted):
@@ -49,7 +56,7 @@ def test_distilling_comes_closer_to_the_dense_distributions(make_model, windows)
     dense = AutoModelForCausalLM.from_pretrained(path)
     divergence = []
     for recover in (None, WHOLE):
-        pruned = prune_model(path, windows, section(recover=recover), batch_size=2)
+        pruned = recovered(path, windows, section(recover=recover), batch_size=2)
         sparse = AutoModelForCausalLM.from_pretrained(path)
         pruned.apply(sparse)
         with torch.no_grad():
@@ -62,7 +69,7 @@ def test_distilling_comes_closer_to_the_dense_distributions(make_model, windows)
 
 def test_distilling_stops_in_time(make_model, windows):
     recover = {"steps": 0, "distill": {"steps": 1000, "seconds": 1e-6}}
-    (record,) = prune_model(make_model("llama"), windows, section(recover=recover)).recovered
+    (record,) = recovered(make_model("llama"), windows, section(recover=recover)).recovered
     assert record.steps == 1
 
 
@@ -114,7 +121,7 @@ def test_training_that_diverges(recover, make_model, windows):
     if "distill" in wild:
         wild["distill"] = {**wild["distill"], "learning_rate": 1e30}
     with pytest.raises(EsparseError, match="diverged") as error:
-        prune_model(make_model("llama"), windows, section(recover=wild))
+        recovered(make_model("llama"), windows, section(recover=wild))
     assert "learning_rate" in error.value.fix
 
 
