@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128 * 2048, help="calibration tokens of whole blocks")
     parser.add_argument("--only", choices=KINDS, action="append", help="kinds of rows; default: all")
     parser.add_argument("--skip", action="append", default=[], help="methods to leave out")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "methods_7b.json")
+    parser.add_argument("--out", type=Path, default=Path("methods-7b.json"))
     arguments = parser.parse_args()
     kinds = arguments.only or KINDS
 
