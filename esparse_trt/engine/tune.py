@@ -6,7 +6,7 @@ timed again against each other and against torch's dense product, for longer and
 fastest of each kind go into the table.
 
 Every candidate is timed at every M: what one took with fewer tokens is no bound, as a tile with absent tokens
-can take twice as long as a full one.
+can take longer than a full one.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ of what the stream lacks is theirs, and no later layer can restore it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from torch import Tensor
 from esparse_trt.sparsity.blockwise import BlockwiseModel
 from esparse_trt.sparsity.hessian import factor
 from esparse_trt.sparsity.layers import PlannedSite
-from esparse_trt.sparsity.models import linear
+from esparse_trt.sparsity.trace import watched
 
 _MASSIVE = 4.0  # times the median norm
 _ADDS_UP = 1e-2  # share of a token's output that the parts may miss, in float16
@@ -75,17 +74,17 @@ def missing(
         seen.clear()
         model.reach(index, hidden, pruned[-1])
         if before:
-            return torch.stack([_rows(hidden), *(seen[name][1] for name in before)]).sum(0)
-        return torch.cat([seen[name][1] for name in pruned], dim=1)
+            return torch.stack([_rows(hidden), *(_rows(seen[name][1]) for name in before)]).sum(0)
+        return torch.cat([_rows(seen[name][1]) for name in pruned], dim=1)
 
-    with _watched(model, [*pruned, *before]) as seen:
+    with watched(model, [*pruned, *before]) as seen:
         for wanted, hidden in model.pairs():
             with model.with_weights(dense):
                 lacking = outputs(wanted)
             lacking -= outputs(hidden)
             lacking *= counts[start : start + len(lacking)].unsqueeze(1)
             start += len(lacking)
-            sums.addmm_(lacking.T, seen[pruned[0]][0])
+            sums.addmm_(lacking.T, _rows(seen[pruned[0]][0]))
     return sums
 
 
@@ -103,28 +102,11 @@ def adds_up(model: BlockwiseModel, index: int, writers: Sequence[str]) -> bool:
     """Whether a resident block puts out what it reads plus the outputs of these layers."""
     assert model.hidden is not None
     hidden = model.hidden[: min(model.batch_size, len(model.hidden))].to(model.device)
-    with _watched(model, writers) as seen:
+    with watched(model, writers) as seen:
         output = _rows(model.forward(index, hidden))
-    parts = torch.stack([_rows(hidden), *(seen[name][1] for name in writers)]).sum(0)
+    parts = torch.stack([_rows(hidden), *(_rows(seen[name][1]) for name in writers)]).sum(0)
     differs = (output - parts).norm(dim=1) / output.norm(dim=1)
     return bool(differs.mean() <= _ADDS_UP)
-
-
-@contextmanager
-def _watched(model: BlockwiseModel, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Layer -> what it last read, [T, K], and put out, [T, N]."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = [
-        linear(model.model, name).register_forward_hook(
-            lambda _, inputs, output, name=name: seen.update({name: (_rows(inputs[0]), _rows(output))})
-        )
-        for name in dict.fromkeys(names)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esparse_trt.sparsity.blockwise import BlockwiseModel
-from esparse_trt.sparsity.models import linear
+from esparse_trt.sparsity.trace import traced, watched
 
 _BATCHES = 2  # of the calibration text
 
@@ -33,42 +33,29 @@ def effects(model: BlockwiseModel, index: int, names: Sequence[str]) -> dict[str
         layer -> float32 [N], up to a factor that all share.
     """
     assert model.hidden is not None
-    outputs: dict[str, Tensor] = {}
-
-    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
-        def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            outputs[name] = output
-
-        return linear(model.model, name).register_forward_hook(keep)
-
-    handles = [watch(name) for name in names]
     signs = torch.Generator(device=model.device).manual_seed(index)
     sums: dict[str, Tensor] = {}
-    try:
-        for hidden in model.hidden.split(model.batch_size)[:_BATCHES]:
-            for name, squares in _squares(model, index, hidden, outputs, signs).items():
-                sums[name] = sums[name] + squares if name in sums else squares
-    finally:
-        for handle in handles:
-            handle.remove()
+    for hidden in model.hidden.split(model.batch_size)[:_BATCHES]:
+        for name, squares in _squares(model, index, names, hidden, signs).items():
+            sums[name] = sums[name] + squares if name in sums else squares
     return {name: squares.sqrt() for name, squares in sums.items()}
 
 
 def _squares(
-    model: BlockwiseModel, index: int, hidden: Tensor, outputs: dict[str, Tensor], signs: torch.Generator
+    model: BlockwiseModel, index: int, names: Sequence[str], hidden: Tensor, signs: torch.Generator
 ) -> dict[str, Tensor]:
     """Squared gradients of ⟨z, ŷ⟩ by the outputs, summed over the tokens of one batch."""
-    with (
-        torch.enable_grad(),
-        torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"),
-    ):
-        x = hidden.to(model.device, torch.float32, copy=True).requires_grad_()
+
+    def product(x: Tensor) -> Tensor:
         y = model.forward(index, x).float()
         size = torch.linalg.vector_norm(y.detach(), dim=-1, keepdim=True)
         z = torch.randint(2, y.shape, generator=signs, device=y.device) * 2 - 1
-        total = (y * z / size.clamp_min(torch.finfo(y.dtype).tiny)).sum() * math.sqrt(y.shape[-1])
-    gradients = torch.autograd.grad(total, list(outputs.values())) if outputs else ()
+        return (y * z / size.clamp_min(torch.finfo(y.dtype).tiny)).sum() * math.sqrt(y.shape[-1])
+
+    with watched(model, names) as seen:
+        _, total = traced(model, hidden, product)
+    gradients = torch.autograd.grad(total, [output for _, output in seen.values()]) if seen else ()
     return {
         name: gradient.flatten(0, -2).float().square().sum(0)
-        for name, gradient in zip(outputs, gradients, strict=True)
+        for name, gradient in zip(seen, gradients, strict=True)
     }

@@ -29,6 +29,7 @@ from esparse_trt.sections import DistillSection, RecoverSection
 from esparse_trt.sparsity.blockwise import BlockwiseModel
 from esparse_trt.sparsity.models import linear
 from esparse_trt.sparsity.pruned import Pruned
+from esparse_trt.sparsity.trace import autocast
 
 _WARM_UP = 0.05
 _WINDOW = 10  # steps whose mean loss is reported for the whole model
@@ -53,7 +54,7 @@ def recover_block(model: BlockwiseModel, index: int, pruned: Pruned, section: Re
     batch = min(model.batch_size, len(inputs))
 
     def loss(rows: Tensor) -> Tensor:
-        with _autocast(model.device):
+        with autocast(model.device):
             output = model.forward(index, inputs[rows].float())
         wanted = target[rows].float()
         return ((output.float() - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
@@ -104,7 +105,7 @@ def distill(model: BlockwiseModel, pruned: Pruned, windows: Tensor, section: Dis
             with torch.no_grad():
                 wanted = dense(input_ids=ids, use_cache=False).logits.softmax(-1, dtype=torch.float32)
                 entropy = torch.special.entr(wanted).sum(-1).mean()
-            with _autocast(device):
+            with autocast(device):
                 logits = sparse(input_ids=ids, use_cache=False).logits
             loss = -(wanted * logits.log_softmax(-1, dtype=torch.float32)).sum(-1).mean() - entropy
             losses.append(loss.detach())
@@ -184,7 +185,3 @@ def _batches(samples: int, batch: int, steps: int, *, seed: int) -> Iterator[Ten
             order = torch.cat([order, torch.randperm(samples, generator=generator)])
         rows, order = order[:batch], order[batch:]
         yield rows
-
-
-def _autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -13,7 +13,7 @@ memory on the way to the loss, for as many sequences at a time as fit in 4 GiB.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from esparse_trt.errors import EsparseError
 from esparse_trt.progress import track
 from esparse_trt.sparsity.blockwise import BlockwiseModel
-from esparse_trt.sparsity.models import linear
+from esparse_trt.sparsity.trace import traced, watched
 
 _BATCH = 4  # sequences whose logits exist at a time
 _KEPT = 1 << 32  # bytes of what blocks read that are kept
@@ -86,7 +86,7 @@ def _loss_gradient(model: BlockwiseModel, draws: torch.Generator) -> list[Tensor
     gradients = []
     with model.loaded_tail() as tail, torch.enable_grad():
         for hidden in model.hidden.split(_BATCH):
-            x, logits = _traced(model, hidden, tail)
+            x, logits = traced(model, hidden, tail)
             logits = logits.flatten(0, 1).float()
             if not bool(logits.isfinite().all()):
                 raise EsparseError(
@@ -113,33 +113,11 @@ def _step_back(
     Returns:
         layer -> Σ_i (∂ℓ/∂y_ti)² [B · length].
     """
-    outputs: dict[str, Tensor] = {}
-
-    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
-        return linear(model.model, name).register_forward_hook(
-            lambda _, inputs, output: outputs.update({name: output})
-        )
-
-    handles = [watch(name) for name in names]
-    try:
-        x, y = _traced(model, hidden, lambda x: model.forward(index, x))
-    finally:
-        for handle in handles:
-            handle.remove()
-    below, *slopes = torch.autograd.grad(y, [x, *outputs.values()], gradient.to(y))
+    with watched(model, names) as seen:
+        x, y = traced(model, hidden, lambda x: model.forward(index, x))
+    below, *slopes = torch.autograd.grad(y, [x, *(output for _, output in seen.values())], gradient.to(y))
     squares = {
-        name: slope.flatten(0, -2).float().square().sum(1)
-        for name, slope in zip(outputs, slopes, strict=True)
+        name: slope.flatten(0, -2).float().square().sum(1) for name, slope in zip(seen, slopes, strict=True)
     }
     gradient.copy_(below)  # last: a slope may be the gradient itself, passed on by the residual stream
     return squares
-
-
-def _traced(model: BlockwiseModel, hidden: Tensor, work: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The hidden states on the device in float32, and what they become, with its graph."""
-    with (
-        torch.enable_grad(),
-        torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"),
-    ):
-        x = hidden.to(model.device, torch.float32, copy=True).requires_grad_()
-        return x, work(x)

@@ -44,12 +44,24 @@ def run(command: Sequence[str]) -> dict[str, Row]:
     """Counters by label of a command that calls `launch_once`.
 
     Caches are flushed before each launch. The clock is left alone: a locked one is that of no real launch.
+
+    Raises:
+        EsparseError: there is no ncu, or it failed.
     """
     options = ["--profile-from-start", "off", "--nvtx", "--clock-control", "none", "--csv", "--page", "raw"]
     options += ["--print-units", "base", "--metrics", ",".join(METRICS.values())]
-    done = subprocess.run(["ncu", *options, *command], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["ncu", *options, *command], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise EsparseError(
+            "ncu is not on the PATH", fix="install Nsight Compute, which comes with CUDA"
+        ) from error
     if done.returncode:
-        raise EsparseError(f"ncu failed: {(done.stderr or done.stdout)[-500:]}", where=" ".join(command))
+        raise EsparseError(
+            f"ncu ended with {done.returncode}: {(done.stderr or done.stdout)[-500:]}",
+            where=" ".join(command),
+            fix="where it speaks of permissions (ERR_NVGPUCTRPERM), run as root or let users read counters",
+        )
     return read(done.stdout)
 
 

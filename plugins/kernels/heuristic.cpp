@@ -52,7 +52,9 @@ struct Tile {
   bool stream_k = false;  // CTAs share out the steps evenly: waves need not be whole
   bool rows_first = false;  // CUTLASS's order of tiles that is less often the faster one
   bool divides_rest = false;  // a cluster splits the K of each tile that whole waves leave over
-  bool fills = true;  // absent tokens with zeros, which takes the copy engine as long as to fetch them
+  // Absent tokens count as present ones, which the copy engine fills with zeros. The wgmma kernels that do not share x
+  // spare it that where all tokens are in one tile; to count it makes the choices no better.
+  bool fills = true;
 
   int cluster() const { return split * share_x * share_w; }  // CTAs that run together
 };

@@ -64,7 +64,7 @@ def test_waves_are_whole_but_where_tiles_are_divided(fit, name, clusters, waves)
     assert fit.waves(fit.parse(name), clusters, steps=32) == pytest.approx(waves)
 
 
-def test_absent_tokens_are_fetched_by_the_copy_engine_alone(fit):
+def test_absent_tokens_count_but_in_decode(fit):
     fetched = {
         name: [fit.terms(fit.parse(name), {"n": 64, "k": 128, "m": m})[3] for m in (1, 16)]
         for name in ("decode_r4k2u6_s1", "wgmma_n64m16")

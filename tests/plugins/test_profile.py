@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from esparse_trt.errors import EsparseError
+
 BENCH = Path(__file__).parents[2] / "plugins" / "bench"
 
 
@@ -105,3 +107,9 @@ def test_the_page_names_ours_by_the_candidate_and_the_others_by_the_kernel(bench
     assert "`nvjet`" in lines["64x128x16 dense"] and "`wgmma_n64m64`" in lines["64x128x16 ours"]
     assert "| 1250.0 |" in lines["64x128x16 ours"] and "| 66.7 |" in lines["64x128x16 ours"]
     assert "| 66.7 |" not in lines["64x128x16 dense"] and "| 7.0 |" in lines["64x128x16 dense"]
+
+
+def test_a_machine_without_ncu_is_told_so(bench, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EsparseError, match="ncu is not on the PATH"):
+        bench("ncu").run(["true"])
