@@ -95,7 +95,7 @@ class Manifest(Record):
             return kind.model_validate(self.stages[stage].record)
         except ValidationError as error:
             raise EsparseError(
-                f"the record of stage `{stage}` is not one that this version understands: {error}",
+                f"the record of stage `{stage}` is not one that this version understands: {_fault(error)}",
                 where="build.json",
                 fix=f"`esparse-trt build RECIPE --from {stage}` writes it again",
             ) from error
@@ -129,10 +129,20 @@ def read_record(path: Path, kind: type[R], what: str, fix: str) -> R | None:
         return None
     try:
         return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+    except OSError as error:
+        raise EsparseError(f"cannot read it: {error.strerror}", where=path, fix=fix) from error
+    except ValidationError as error:
         raise EsparseError(
-            f"not {what} that this version understands: {error}", where=path, fix=fix
+            f"not {what} that this version understands: {_fault(error)}", where=path, fix=fix
         ) from error
+
+
+def _fault(error: ValidationError) -> str:
+    """The first of what pydantic found, on one line, and how many there are."""
+    first, *more = error.errors()
+    place = ".".join(map(str, first["loc"]))
+    found = f"`{place}`: {first['msg']}" if place else first["msg"]
+    return f"{found} (and {len(more)} more)" if more else found
 
 
 def sha256_file(path: Path, chunk: int = 1 << 22) -> str:

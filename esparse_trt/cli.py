@@ -10,6 +10,10 @@ import typer
 from esparse_trt.commands import bench, build, inspect, measure  # noqa: F401 (they register their commands)
 from esparse_trt.commands.common import app
 
+# As somebody who is new here needs them; `--help` lists them so, and groups (recipe) at the end.
+ORDER = ("build", "estimate", "bench", "report", "certify", "tune", "ablate", "table", "doctor")
+app.registered_commands.sort(key=lambda command: ORDER.index(command.callback.__name__))  # type: ignore[union-attr]
+
 
 def _print_version(asked: bool) -> None:
     if asked:

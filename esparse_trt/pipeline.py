@@ -16,15 +16,16 @@ from pathlib import Path
 
 from esparse_trt import system, workspace
 from esparse_trt.artifacts import BuildDir, Manifest, StageEntry, write_atomic
-from esparse_trt.deploy.triton import deploy
+from esparse_trt.deploy.triton import choose_backend, deploy, max_batch_size
 from esparse_trt.engine.build import build_engines
+from esparse_trt.engine.source import require_usable
 from esparse_trt.errors import CheckFailed, EsparseError
 from esparse_trt.evaluate.compare import check_fidelity, check_gate, verify
 from esparse_trt.evaluate.report import report
 from esparse_trt.evaluate.verify_record import VerifyRecord
 from esparse_trt.evaluate.zeroshot import load_tasks
 from esparse_trt.graph.certify import certify
-from esparse_trt.graph.export import export
+from esparse_trt.graph.export import export, require_exportable
 from esparse_trt.graph.fold import fold
 from esparse_trt.graph.pack import pack
 from esparse_trt.progress import note
@@ -132,17 +133,14 @@ def build(
         the manifest, with one record per finished stage.
 
     Raises:
-        EsparseError: bad input, or the folder belongs to another recipe.
+        EsparseError: bad input, the folder belongs to another recipe, or a stage lacks what it needs here.
         CheckFailed: a certificate, the fidelity check or the quality gate failed; all artifacts are kept.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = BuildDir(out if out is not None else Path("build") / recipe.name)
     stages, again = _extent(first, last)
     with workspace.claim(recipe, folder, fresh=fresh, **again) as manifest:
-        if any(stage.name == "verify" and not _finished(stage, folder, manifest) for stage in stages):
-            require_readable(recipe.verify.text)
-            if recipe.verify.zeroshot:
-                load_tasks(recipe.verify.zeroshot)
+        _require_possible(recipe, {stage.name for stage in stages if not _finished(stage, folder, manifest)})
         for stage in stages:
             if _finished(stage, folder, manifest):
                 note(f"{stage.name:8} already done", style="dim", stage=stage.name, status="resumed")
@@ -170,6 +168,21 @@ def preview(
     manifest = workspace.preview(recipe, folder, fresh=fresh, **again)
     done = list(takewhile(lambda stage: _finished(stage, folder, manifest), stages))
     return [(stage, stage in done) for stage in stages]
+
+
+def _require_possible(recipe: Recipe, ahead: set[str]) -> None:
+    """Refuse now what a stage still ahead would refuse after hours of pruning."""
+    if "prune" in ahead and "export" in ahead:
+        require_exportable(recipe.model)
+    if "verify" in ahead:
+        require_readable(recipe.verify.text)
+        if recipe.verify.zeroshot:
+            load_tasks(recipe.verify.zeroshot)
+    if "engine" in ahead:
+        choice = require_usable(recipe)
+        if "deploy" in ahead:
+            max_batch_size(recipe)
+            choose_backend(recipe.deploy.backend, choice.flavour, choice.version, choice.skipped)
 
 
 def _extent(first: str | None, last: str | None) -> tuple[tuple[Stage, ...], dict[str, set[str]]]:

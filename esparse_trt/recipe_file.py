@@ -24,8 +24,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> Any:
-    """The plain values of a YAML file.
+def read_yaml(path: Path, what: str = "recipe", example: str = "recipes/quickstart.yaml") -> Any:
+    """The plain values of a YAML file; errors call it `what`, and name an example of one.
 
     Raises:
         EsparseError: it cannot be read, or is not UTF-8 or not YAML; names line and column.
@@ -34,17 +34,17 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise EsparseError(
-            f"cannot read the recipe: {error.strerror or error}",
+            f"cannot read the {what}: {error.strerror or error}",
             where=path,
-            fix="give the path of a recipe file, such as recipes/quickstart.yaml",
+            fix=f"give the path of a {what} file, such as {example}",
         ) from error
     except UnicodeDecodeError as error:
-        what = f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise EsparseError(what, where=path, fix="save the recipe as UTF-8") from error
+        found = f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise EsparseError(found, where=path, fix=f"save the {what} as UTF-8") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else path
-        what = f"not valid YAML: {error.problem}"
-        raise EsparseError(what, where=place, fix="correct the YAML syntax") from error
+        found = f"not valid YAML: {error.problem}"
+        raise EsparseError(found, where=place, fix="correct the YAML syntax") from error
     except yaml.YAMLError as error:
         raise EsparseError(f"not valid YAML: {error}", where=path, fix="correct the YAML syntax") from error

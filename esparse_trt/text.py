@@ -244,9 +244,7 @@ def _open_dataset(source: TextDataset) -> Any:
             split=source.split,
             data_files=source.data_files,
             streaming=source.streaming,
-            verification_mode=None
-            if source.data_files is None
-            else "no_checks",  # a part of the data is fine
+            verification_mode="no_checks" if source.data_files else None,  # a part of the data is fine
         )
     except (ConnectionError, DatasetNotFoundError) as error:
         fix = "connect to the network (unset HF_HUB_OFFLINE; a gated data set needs `hf auth login`) "

@@ -47,13 +47,13 @@ def run(
     Raises:
         EsparseError: no library, no GPU, no layer to measure, or a table of another GPU.
     """
-    kernels = library.load()
-    device = this_device(kernels)
     layers: dict[Shape, list[str]] = {shape: [] for shape in shapes} or layer_shapes(recipe, folder)
     dtype = dtype or (recipe.export.dtype if recipe else "float16")
     tokens = tokens or BUCKETS
     for n, k in layers:
         require_kernels(n, k, dtype)
+    kernels = library.load()
+    device = this_device(kernels)
     path = path or default_path(device.name)
     table = open_table(path, kernels, device)
     tune(kernels, table, path, list(layers), dtype, tokens)
@@ -71,11 +71,15 @@ def require_kernels(n: int, k: int, dtype: str) -> None:
         EsparseError: with the reason.
     """
     known = {str(kind): kind for kind in es24.DTYPES}
-    reason = es24.why_not(n, k, known[dtype]) if dtype in known else f"it holds {' or '.join(known)}"
-    if reason:
+    if dtype not in known:
         raise EsparseError(
-            f"there are no Sparse-GEMM kernels for [{n}, {k}] in {dtype}: {reason}",
+            f"there are no Sparse-GEMM kernels for {dtype}: they take {' or '.join(known)}",
             fix="set export.dtype: float16, or give --dtype float16",
+        )
+    if reason := es24.why_not(n, k, known[dtype]):
+        raise EsparseError(
+            f"there are no Sparse-GEMM kernels for [{n}, {k}]: {reason}",
+            fix="give another --shape: such a layer stays dense",
         )
 
 
@@ -89,7 +93,7 @@ def layer_shapes(recipe: Recipe | None, folder: Path | None) -> dict[Shape, list
         EsparseError: there is no recipe, or no layer of its model can be packed.
     """
     if recipe is None:
-        raise EsparseError("which layers?", fix="name a recipe, or give --shape NxK")
+        raise EsparseError("no layers are named", fix="give a recipe, or --shape NxK")
     shapes = (_packed_shapes(folder) if folder else {}) or _planned_shapes(recipe)
     if not shapes:
         raise EsparseError(

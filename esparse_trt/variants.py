@@ -58,6 +58,9 @@ VARIANTS = (
     Variant("e_sparse, local off", {"permute": {"local": None}}),
     Variant("e_sparse, local 256", {"permute": {"local": {"block": 256}}}),
     Variant("e_sparse, gather", {"permute": {"attention": "gather"}}),
+    Variant(
+        "e_sparse, tokens weighed", {"tokens": "effect", "permute": {"attention": "gather", "rows": "effect"}}
+    ),
     Variant("e_sparse, refined", {"permute": {"refine": _MAKE_UP}}),
     Variant("e_sparse, refined, gather", {"permute": {"refine": _MAKE_UP, "attention": "gather"}}),
     Variant(
@@ -120,7 +123,7 @@ def load_grid(path: Path) -> tuple[Variant, ...]:
     Raises:
         EsparseError: it is not a mapping of names to changes.
     """
-    data = read_yaml(path)
+    data = read_yaml(path, "grid", "recipes/grids/quickstart.yaml")
     if not isinstance(data, dict) or not data or not all(isinstance(v, dict) for v in data.values()):
         raise EsparseError(
             "a grid is a mapping of row names to changes of the prune section",

@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 
 from esparse_trt.artifacts import sha256_file
 from esparse_trt.cli import app
+from esparse_trt.engine import flavour as flavours
+from esparse_trt.engine import libraries
 from esparse_trt.sparsity import journal, save
 
 runner = CliRunner()
@@ -144,6 +146,52 @@ def test_an_unknown_device(case: Case):
     assert "prune.device: device 'gpu' cannot be used" in case.refused()
 
 
+# --- the engine and its deployment -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def rtx(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Case:
+    """A machine with TensorRT-RTX alone, and no plugin library."""
+    monkeypatch.setattr(flavours, "installed_version", {"tensorrt_rtx": "1.7.1"}.get)
+    monkeypatch.setenv(libraries.VARIABLE, str(tmp_path))
+    case.set(export__dtype="float16", engine__flavour="auto")
+    return case
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"engine__flavour": "tensorrt"}, "engine.flavour: tensorrt: TensorRT is not installed"),
+        (
+            {"engine__sparse_gemm": "plugin"},
+            f"engine.sparse_gemm: plugin: {libraries.VARIABLE}: {libraries.PLUGIN} was not found in ",
+        ),
+        (
+            {"engine__sparse_gemm": "plugin", "export__dtype": "float32"},
+            "engine.sparse_gemm: plugin: its kernels are for float16 and bfloat16, the model is float32",
+        ),
+        ({"engine__plugin_library": "/nowhere/lib.so"}, "/nowhere/lib.so: there is no such library"),
+        ({"engine__table": "/nowhere.json"}, "engine.table: /nowhere.json: there is no such file"),
+        ({"engine__table": __file__}, f"{__file__}: not a tuning table: "),
+        (
+            {"deploy__backend": "tensorrt"},
+            "deploy.backend: tensorrt: cannot deploy an engine: the engines are",
+        ),
+        (
+            {"deploy__max_batch_size": 99},
+            "deploy.max_batch_size: 99 is larger than the largest batch of the profiles, 4",
+        ),
+    ],
+    ids=lambda value: next(reversed(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_late_stage_would_refuse_is_refused_before_pruning(
+    rtx: Case, change: dict[str, Any], error: str
+):
+    rtx.set(**change)
+    assert rtx.refused().startswith(error)
+    assert rtx.prune()[0] == 0, "another machine may build the engines"
+
+
 # --- the model -------------------------------------------------------------------------------------------
 
 
@@ -198,6 +246,8 @@ def test_nan_or_inf_in_a_weight(case: Case, command: str):
 
 def test_activations_that_overflow(case: Case):
     case.edit_weight("model.layers.0.input_layernorm.weight", lambda w: w * 3e38)
+    assert "NaN or Inf" in case.refused()
+    case.set(prune__tokens="equal")  # no backward pass, which sees the outputs first
     error = case.refused()
     assert re.match(r"model\.layers\.0\.self_attn\.q_proj: .*NaN or Inf.*batch 0", error)
 
@@ -226,6 +276,12 @@ def test_an_architecture_that_is_not_supported(case: Case, config: dict[str, Any
     case.edit_config(**config)
     assert part in case.refused()
     assert part in refused("build", case.recipe, "--out", case.out, "--dry-run")
+
+
+def test_a_rotary_embedding_that_cannot_be_exported_is_refused_before_pruning(case: Case):
+    case.edit_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    assert "rotary embedding 'dynamic' changes with the length of the input" in case.refused()
+    assert case.prune()[0] == 0
 
 
 # --- texts -----------------------------------------------------------------------------------------------
@@ -445,6 +501,45 @@ def test_a_quality_gate_names_the_report(gated: Path, failed_gate: Path):
     assert tree(failed_gate) == before
     assert {"onnx/sparse.onnx", "report.html"} <= before.keys()
     assert not (failed_gate / "model_repository").exists()
+
+
+# --- other commands --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        (["report"], "no build is named"),
+        (["bench"], "give either a build or a shape"),
+        (["tune"], "no layers are named"),
+        (["tune", "--shape", "4096"], "--shape: '4096' is not a shape"),
+        (["tune", "--shape", "64x48"], "there are no Sparse-GEMM kernels for [64, 48]: K = 48 is not"),
+        (["tune", "--shape", "64x64", "--dtype", "int4"], "there are no Sparse-GEMM kernels for int4"),
+        (
+            ["bench", "--show", __file__],
+            f"{__file__}: not a benchmark that this version understands: Invalid",
+        ),
+        (["table", __file__], f"{__file__}: not an ablation table that this version understands: Invalid"),
+        (["table", "nowhere.json"], "nowhere.json: no ablation table there"),
+        (["estimate"], "give a recipe or --shape"),
+        (["estimate", "--shape", "llama-7"], "no model shape is called 'llama-7'"),
+        (["estimate", "--shape", "llama-7b", "--gpu", "h1"], "--gpu: no GPU is called 'h1' here"),
+        (["estimate", "--shape", "llama-7b", "--table", "gone.json"], "gone.json: cannot read the table: No"),
+    ],
+    ids=" ".join,
+)
+def test_arguments_are_checked_before_the_machine(command: list[str], error: str):
+    assert error in refused(*command)
+
+
+def test_a_grid_that_is_missing_or_a_recipe(case: Case):
+    out = ["--out", case.out, "--grid"]
+    assert "gone.yaml: cannot read the grid: No such file" in refused(
+        "ablate", case.recipe, *out, "gone.yaml"
+    )
+    error = refused("ablate", case.recipe, *out, case.recipe)
+    assert error.startswith("variant 'calibration': ") and "unknown key `batch_size`" in error
+    assert not case.out.exists()
 
 
 # --- certify ---------------------------------------------------------------------------------------------

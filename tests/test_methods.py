@@ -12,7 +12,11 @@ from esparse_trt.recipe import parse_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
-GRID = "recovered: { update: { method: obs }, recover: { steps: 10, learning_rate: 0.0001 } }"
+GRID = """
+weighed: { tokens: effect }
+refined: { permute: { refine: { rounds: 3, correct: 0.7 } } }
+recovered: { update: { method: obs }, recover: { steps: 10, learning_rate: 0.0001 } }
+"""
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +29,7 @@ def perplexity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     recipe = parse_recipe({**data, "name": "quickstart"}, base=RECIPES)
     folder = tmp_path_factory.mktemp("methods")
     (folder / "grid.yaml").write_text(GRID)
-    names = [
-        "magnitude",
-        "wanda",
-        "e_sparse",
-        "e_sparse, refined, gather",
-        "sparsegpt",
-        "obs, without correction",
-        "obs",
-    ]
+    names = ["magnitude", "wanda", "e_sparse", "sparsegpt", "obs, without correction", "obs"]
     table = run_ablation(recipe, folder / "out", only=names)
     table = run_ablation(recipe, folder / "out", grid=folder / "grid.yaml")
     return {"dense": table.dense_perplexity} | {row.name: row.perplexity for row in table.rows}
@@ -48,8 +44,12 @@ def test_both_shuffles_beat_wanda_and_magnitude(perplexity: dict[str, float]):
     assert perplexity["e_sparse"] < perplexity["magnitude"]
 
 
+def test_tokens_that_count_by_what_outputs_do_help_further(perplexity: dict[str, float]):
+    assert perplexity["weighed"] < perplexity["e_sparse"]
+
+
 def test_swaps_that_lower_the_output_error_help_further(perplexity: dict[str, float]):
-    assert perplexity["e_sparse, refined, gather"] < perplexity["e_sparse"]
+    assert perplexity["refined"] < perplexity["e_sparse"]
 
 
 def test_updates_rank_by_what_they_make_up_for(perplexity: dict[str, float]):

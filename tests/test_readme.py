@@ -11,16 +11,21 @@ from pathlib import Path
 from subprocess import run
 
 import pytest
+import yaml
 
+from esparse_trt.estimate.check import check
 from esparse_trt.evaluate import bench_text
 from esparse_trt.evaluate.ablation import load_ablation
 from esparse_trt.evaluate.ablation_page import markdown
-from esparse_trt.evaluate.bench_record import load_bench
+from esparse_trt.evaluate.bench_record import Bench, load_bench
+from esparse_trt.recipe import parse_recipe
+from esparse_trt.sections import TRAFFIC
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+SHAPES = ("llama-7b", "llama-3-8b", "llama-13b")
 OURS = [shlex.split(line.removeprefix(".venv/bin/")) for line in LINES if "esparse-trt " in line]
 
 
@@ -37,6 +42,12 @@ def esparse_trt(*arguments: str) -> str:
     done = run([script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def end_to_end(shape: str) -> Bench:
+    bench = load_bench(ROOT / f"tests/benchmarks/results/{shape}-h100.json")
+    assert bench is not None
+    return bench
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +102,41 @@ def test_the_page_of_results_has_every_table():
         assert f"({path.name})" in page
 
 
-@pytest.mark.parametrize("shape", ["llama-7b", "llama-3-8b", "llama-13b"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_end_to_end_tables_are_what_was_measured(shape: str):
-    bench = load_bench(ROOT / f"tests/benchmarks/results/{shape}-h100.json")
-    assert bench is not None
-    for table in (bench_text.end_to_end(bench), bench_text.predictions(bench)):
-        assert table.split("\n\n")[-1].strip() in README
+    assert bench_text.end_to_end(end_to_end(shape)) in README
+
+
+def test_the_first_screen_repeats_what_was_measured():
+    first = README.partition("## Try it")[0]
+    bench = end_to_end("llama-7b")
+    assert f"Weights take {100 * bench.weight_saving:.1f} % less GPU memory." in first
+    rows = [bench_text.cell_row(cell) for cell in bench.cells if cell.prompt == 512]
+    for batch, _, tokens, gain, prefill, prefill_gain, *_, joules in rows:
+        assert f"| {batch} | {tokens} | {gain} | {prefill} | {prefill_gain} | {joules} |" in first
+    table = load_ablation(ROOT / "recipes/results/ablation-qwen2.5-coder-0.5b.json")
+    found = {"dense": table.dense_perplexity} | {row.name: row.perplexity for row in table.rows}
+    shown = dict(re.findall(r"^\| `([^`]+)`.* \| ([\d.]+) \|$", first, re.M))
+    assert len(shown) >= 3
+    assert shown == {name: f"{found[name]:.2f}" for name in shown}
+    seconds = {row.name: f"{row.seconds:.0f}" for row in table.rows}
+    assert seconds["distilled"] == re.search(r"^\| `distilled`: .* (\d+) s on an H200", first, re.M)[1]
+
+
+def test_the_errors_of_the_predictions_are_what_was_measured():
+    checks = [item for shape in SHAPES for item in check(end_to_end(shape))]
+    token, first = (
+        max(abs(getattr(item, phase).error) for item in checks) for phase in ("decode", "prefill")
+    )
+    said = re.search(r"In the (\w+) cells above .*?at most (\d+) %, .*?at most (\d+) %;", README, re.S)
+    assert said.groups() == ({7: "seven"}[len(checks)], f"{100 * token:.0f}", f"{100 * first:.0f}")
+
+
+def test_every_recipe_is_valid():
+    base = {"name": "readme", "model": {"path": "m"}, "calibration": {"text": {"path": "t"}}}
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    recipes = [parse_recipe(base | yaml.safe_load(block), base=ROOT) for block in blocks]
+    assert len(recipes) >= 2 and all(recipe.traffic != TRAFFIC for recipe in recipes)
 
 
 def test_the_gains_of_the_kernels_are_what_was_measured():
@@ -105,9 +145,13 @@ def test_the_gains_of_the_kernels_are_what_was_measured():
     assert summary in README
 
 
-def test_every_link_points_at_a_file():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_every_link_points_at_a_file_and_a_heading():
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", README):
+        file = ROOT / target if target else ROOT / "README.md"
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
 
 
 def test_no_figure_was_left_out():

@@ -44,9 +44,10 @@ def bench(
 ) -> None:
     """Measure prefill and decode of the sparse model against the dense one on this GPU, end to end.
 
-    Both run the same code, in turns, in one process: static KV cache, CUDA graphs; dense layers by cuBLAS.
-    Also memory, energy, each layer's kernel and time, and the distance of the logits. Run again, it measures
-    what is missing. The build's report shows it.
+    Both run the same code, in turns, in one process: static KV cache, CUDA
+    graphs; dense layers by cuBLAS. Also memory, energy, each layer's kernel and
+    time, and the distance of the logits. Run again, it measures what is missing.
+    The build's report shows it.
     """
     with reported(json_logs):
         if show:
@@ -57,7 +58,9 @@ def bench(
         from esparse_trt.evaluate.bench_subjects import bench_build, bench_shape
 
         if (folder is None) == (shape is None):
-            raise EsparseError("what to measure?", fix="give the folder of a build, or --shape llama-7b")
+            raise EsparseError(
+                "give either a build or a shape", fix="name the folder of a build, or --shape llama-7b"
+            )
         grid = Grid(
             parse_numbers(batch, "--batch", 1, 1024),
             parse_numbers(prompt, "--prompt", 1, 1 << 20),

@@ -85,8 +85,8 @@ def ablate(
 ) -> None:
     """Prune one model with every method and with each part of E-Sparse taken away, and compare.
 
-    Writes ablation.json into the build folder, row by row, so that it resumes, and ablation.html; the report
-    shows the table, too.
+    Writes ablation.json into the build folder, row by row, so that it resumes,
+    and ablation.html; the report shows the table, too.
     """
     with reported(json_logs):
         from esparse_trt.ablate import run_ablation

@@ -1,4 +1,8 @@
-"""What all commands share: the application, the console, and how errors are reported."""
+"""What all commands share: the application, the console, and how errors are reported.
+
+`--help` prints the docstrings of commands. From the second paragraph on it leaves their lines as they are, so
+they fit a terminal of 80 columns.
+"""
 
 from __future__ import annotations
 

@@ -33,8 +33,9 @@ def certify(
 ) -> None:
     """Check that weights are N:M sparse along K, the input-channel axis.
 
-    A build folder is checked strictly: every tensor that its recipe made sparse, in every file. For a single
-    file every 2-D weight is listed, and the first violation among those asked for makes the exit code 1.
+    A build folder is checked strictly: every tensor that its recipe made sparse,
+    in every file. For a single file every 2-D weight is listed, and the first
+    violation among those asked for makes the exit code 1.
     """
     with reported():
         from esparse_trt.graph import certify as certificates
@@ -67,7 +68,7 @@ def report(
             print(json.dumps(reports.report_schema(), indent=2))
             return
         if folder is None:
-            raise EsparseError("which build?", fix="give the folder of a build")
+            raise EsparseError("no build is named", fix="give the folder of a build")
         reports.report_again(folder)
         print(folder / "report.html")
 

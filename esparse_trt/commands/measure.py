@@ -35,8 +35,9 @@ def estimate(
 ) -> None:
     """Say before any work whether sparsity will pay: per layer, end to end, in memory and on disk.
 
-    Reads the model's configuration only. Times come from the tuner's table of the GPU, from the reference
-    that this package ships for the H100, or else from a roofline; the output says which.
+    Reads the model's configuration only. Times come from the tuner's table of the
+    GPU, from the reference that this package ships for the H100, or else from a
+    roofline; the output says which.
     """
     with reported():
         from esparse_trt.estimate.ask import ask
@@ -75,8 +76,9 @@ def tune(
 ) -> None:
     """Time every Sparse-GEMM kernel on this GPU for a model's layers, and keep the fastest of each.
 
-    The table says which kernel runs at which number of tokens, and which layers dense is faster for. Rows are
-    written as they come: run again, it measures what is missing.
+    The table says which kernel runs at which number of tokens, and which layers
+    dense is faster for. Rows are written as they come: run again, it measures
+    what is missing.
     """
     with reported(json_logs):
         from esparse_trt import tuning

@@ -32,6 +32,9 @@ NEITHER = (
     f"{INSTALL['tensorrt']} on one with an NVIDIA GPU"
 )
 
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR and CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT of cuda.h
+_ATTRIBUTES = (75, 76, 16)
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -73,11 +76,7 @@ def find_gpu() -> Gpu | str:
     driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     driver.cuDriverGetVersion(ctypes.byref(version))
     facts = []
-    for attribute in (
-        75,
-        76,
-        16,
-    ):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR, MULTIPROCESSOR_COUNT
+    for attribute in _ATTRIBUTES:
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         facts.append(value.value)

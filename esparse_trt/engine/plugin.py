@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from esparse_trt.engine import flavour as flavours
-from esparse_trt.engine.flavour import INSTALL, TITLE, Flavour
+from esparse_trt.engine.flavour import INSTALL, TITLE, Flavour, installed_version
 from esparse_trt.engine.libraries import BUILD, PLUGIN, find_library
 from esparse_trt.engine.logs import captured, gist
 from esparse_trt.errors import EsparseError
@@ -63,6 +63,9 @@ def inspect(path: Path) -> Plugin:
     Raises:
         EsparseError: it cannot be opened, or is no plugin of esparse-trt.
     """
+    if not path.is_file():
+        fix = f"name an existing one in engine.plugin_library, or none to have it found; {BUILD} makes it"
+        raise EsparseError("there is no such library", where=path, fix=fix)
     try:
         library = ctypes.CDLL(str(path.resolve()))
     except OSError as error:
@@ -82,11 +85,16 @@ def inspect(path: Path) -> Plugin:
     )
 
 
-def find(library: Path | None = None) -> Plugin:
+def find(library: Path | None = None, flavour: Flavour | None = None) -> Plugin:
     """The library that this package works with: the one given, or the one that is found.
 
+    Args:
+        library: its path; none: where `engine.libraries` finds it.
+        flavour: the TensorRT that it must fit; none: any.
+
     Raises:
-        EsparseError: there is none, it cannot be opened, or it belongs to another version of the package.
+        EsparseError: there is none, it cannot be opened, it belongs to another version of the package, or it
+            does not fit the installed version of the flavour.
     """
     from esparse_trt.graph.es24 import LAYOUT
 
@@ -107,6 +115,9 @@ def find(library: Path | None = None) -> Plugin:
             where=plugin.path,
             fix=_REBUILD,
         )
+    version = installed_version(flavour) if flavour else None
+    if flavour and version and (reason := unfit(plugin, flavour, version)):
+        raise EsparseError(reason, where=plugin.path, fix=_REBUILD)
     return plugin
 
 
@@ -118,9 +129,9 @@ def load(flavour: Flavour, library: Path | None = None) -> Plugin:
         library: its path; none: where `engine.libraries` finds it.
 
     Raises:
-        EsparseError: as `find`; or the library does not fit this TensorRT; or another one is registered.
+        EsparseError: as `find`; or another library is registered.
     """
-    plugin = find(library)
+    plugin = find(library, flavour)
     known = _loaded.get(flavour)
     if known is not None:
         if known.path.resolve() != plugin.path.resolve():
@@ -131,8 +142,6 @@ def load(flavour: Flavour, library: Path | None = None) -> Plugin:
             )
         return known
     trt = flavours.activate(flavour)
-    if reason := unfit(plugin, flavour, trt.__version__):
-        raise EsparseError(reason, where=plugin.path, fix=_REBUILD)
     if flavour == "tensorrt_rtx":
         _answer_for_rtx(plugin.path)
     with captured(None) as errors:

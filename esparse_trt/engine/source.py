@@ -14,7 +14,7 @@ from esparse_trt.engine import flavour as flavours
 from esparse_trt.engine import plugin as plugins
 from esparse_trt.engine.choice import Layer, choose
 from esparse_trt.engine.flavour import Flavour
-from esparse_trt.engine.table import Device, default_path, usable_table
+from esparse_trt.engine.table import Device, default_path, load_table, usable_table
 from esparse_trt.errors import EsparseError
 from esparse_trt.graph.pack import write_engine_model
 from esparse_trt.progress import note
@@ -23,6 +23,7 @@ from esparse_trt.records import EngineLayer, ExportRecord, PackRecord, PluginRec
 from esparse_trt.sections import EngineSection
 
 DTYPES = ("float16", "bfloat16")
+_USE_HALF = "set export.dtype: float16"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,33 @@ class Source:
     no_plugin: str | None
 
 
+def require_usable(recipe: Recipe) -> flavours.Choice:
+    """Refuse what the recipe names and this machine lacks: `build` asks before the hours of pruning.
+
+    Returns:
+        which TensorRT will build the engines.
+
+    Raises:
+        EsparseError: the TensorRT, the plugin or the tuning table that the recipe asks for cannot be used.
+    """
+    section = recipe.engine
+    choice = flavours.choose(section.flavour)
+    if choice.flavour is None or section.sparse_gemm in ("native", "dense"):
+        return choice
+    if recipe.export.dtype not in DTYPES:
+        _insist(section, _no_kernels(recipe.export.dtype), _USE_HALF)
+    table = _table_path(section)
+    if table is not None and table.is_file():
+        load_table(table)
+    try:
+        plugins.find(section.plugin_library, choice.flavour)
+    except EsparseError as error:
+        if section.plugin_library is not None:
+            raise
+        _insist(section, _in_words(error), error.fix)
+    return choice
+
+
 def choose_source(
     recipe: Recipe,
     folder: BuildDir,
@@ -45,7 +73,7 @@ def choose_source(
     """Decide, and write `engine.onnx` if the plugin is used; it is then registered with the flavour.
 
     Raises:
-        EsparseError: the recipe asks for the plugin and it cannot be used; the recipe's tuning table is none.
+        EsparseError: as `require_usable`; or the recipe asks for the plugin and no layer could be packed.
     """
     section = recipe.engine
     layers = [Layer(gemm.name, gemm.shape) for gemm in packed.gemms] if packed else []
@@ -57,14 +85,14 @@ def choose_source(
     if packed is None or not layers:
         return _without(section, folder, "no layer could be packed", "the record of stage `pack` says why")
     if exported.dtype not in DTYPES:
-        reason = f"its kernels are for {' and '.join(DTYPES)}, the model is {exported.dtype}"
-        return _without(section, folder, reason, "set export.dtype: float16", layers)
+        return _without(section, folder, _no_kernels(exported.dtype), _USE_HALF, layers)
     path = _table_path(section)
     try:
         plugin = plugins.load(flavour, section.plugin_library)
     except EsparseError as error:
-        reason = f"{error.where}: {error.what}" if error.where else error.what
-        return _without(section, folder, reason, error.fix, layers)
+        if section.plugin_library is not None:
+            raise
+        return _without(section, folder, _in_words(error), error.fix, layers)
     table = usable_table(path, plugin.kernel_set, _device()) if path else None
     chosen = choose(
         layers, table, recipe.traffic, dtype=exported.dtype, wish=section.sparse_gemm, native=True
@@ -89,12 +117,25 @@ def choose_source(
     return Source(folder.engine_onnx, record, chosen, None)
 
 
+def _no_kernels(dtype: str) -> str:
+    return f"its kernels are for {' and '.join(DTYPES)}, the model is {dtype}"
+
+
+def _in_words(error: EsparseError) -> str:
+    return f"{error.where}: {error.what}" if error.where else error.what
+
+
+def _insist(section: EngineSection, reason: str, fix: str | None) -> None:
+    """Raise why the plugin cannot be used if the recipe asks for it."""
+    if section.sparse_gemm == "plugin":
+        raise EsparseError(reason, where="engine.sparse_gemm: plugin", fix=fix)
+
+
 def _without(
     section: EngineSection, folder: BuildDir, reason: str, fix: str | None, layers: list[Layer] | None = None
 ) -> Source:
     """The engine without the plugin, unless the recipe asks for it."""
-    if section.sparse_gemm == "plugin":
-        raise EsparseError(reason, where="engine.sparse_gemm: plugin", fix=fix)
+    _insist(section, reason, fix)
     note(f"the sparse engine does not use the plugin: {reason}")
     left = [
         EngineLayer(name=layer.name, kernel="native", code=Reason.no_plugin, reason=reason)

@@ -142,8 +142,12 @@ def load_table(path: Path) -> Table:
         device = Device(**content["device"])
         known = content["version"], content["kernel_set"], content["date"]
         table = Table(device, *known, {row.key: row for row in rows})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EsparseError(f"not a tuning table: {error!r}", where=path, fix=fix) from error
+    except OSError as error:
+        raise EsparseError(f"cannot read the table: {error.strerror}", where=path, fix=fix) from error
+    except KeyError as error:
+        raise EsparseError(f"not a tuning table: it has no {error}", where=path, fix=fix) from error
+    except (ValueError, TypeError) as error:
+        raise EsparseError(f"not a tuning table: {error}", where=path, fix=fix) from error
     return table
 
 

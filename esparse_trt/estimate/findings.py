@@ -13,7 +13,7 @@ HARDLY = 1.05  # a gain below this is within the error of the estimate
 def findings(found: Estimate, gpu: Gpu) -> list[str]:
     """One sentence each, the verdict first."""
     return [
-        _verdict(found),
+        _verdict(found, gpu),
         *_phases(found),
         *_sites(found),
         *_memory(found, gpu),
@@ -21,13 +21,19 @@ def findings(found: Estimate, gpu: Gpu) -> list[str]:
     ]
 
 
-def _verdict(found: Estimate) -> str:
+def _verdict(found: Estimate, gpu: Gpu) -> str:
     if not any(site.kernel == "plugin" for site in found.sites):
         reasons = "; ".join(dict.fromkeys(site.reason for site in found.sites))
         return f"Sparsity cannot pay: no layer runs sparse ({reasons})"
     saved = 1 - found.sizes.sparse_memory / found.sizes.dense_memory
     gain = f"{found.speedup:.2f}x end to end over the traffic"
     memory = f"weights take {saved:.1%} less memory"
+    if found.sizes.sparse_memory < gpu.l2:
+        return (
+            "Not known whether sparsity pays in time: all weights fit into the L2 cache "
+            f"({gpu.l2 / 1e6:.0f} MB), from which dense gains more, and the times are of weights that come "
+            f"from memory; {memory}"
+        )
     guessed = any(time.source == "roofline" for site in found.sites for time in site.times)
     said = "By a roofline, sparsity would" if guessed else "Sparsity"
     pay, does = ("pay", "") if guessed else ("pays", "does ")
@@ -78,11 +84,6 @@ def _memory(found: Estimate, gpu: Gpu) -> Iterator[str]:
                 f"{_title(cell)}: the dense model with its KV cache does not fit into "
                 f"{gpu.memory / 1e9:.0f} GB, the sparse one {verb}; the times assume that both do"
             )
-    if found.sizes.sparse_memory < gpu.l2:
-        yield (
-            f"all weights fit into the L2 cache ({gpu.l2 / 1e6:.0f} MB): the times, of weights that come "
-            "from memory, are too long, and dense gains more from the cache"
-        )
 
 
 def _title(cell: CellEstimate) -> str:

@@ -72,7 +72,10 @@ def load_ablation(path: Path) -> Ablation | None:
         EsparseError: the file is there but cannot be read.
     """
     return read_record(
-        path, Ablation, "an ablation table", "delete the file and run `esparse-trt ablate` again"
+        path,
+        Ablation,
+        "an ablation table",
+        "name a file of `esparse-trt ablate`; if it is one, move it away and run that again",
     )
 
 

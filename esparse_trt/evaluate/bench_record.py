@@ -19,7 +19,6 @@ from esparse_trt.records import Reason, Record
 
 LOGITS_LIMIT = 5e-3  # relative L2 distance that fp16 explains
 PAPER_SAVING = 0.435  # of the whole model's memory, arXiv 2310.15929
-PAPER_SPEEDUP = 1.53  # end to end, the same
 
 
 class Latency(Record):
@@ -238,7 +237,12 @@ def load_bench(path: Path) -> Bench | None:
     Raises:
         EsparseError: the file is there but cannot be read.
     """
-    return read_record(path, Bench, "a benchmark", "delete the file and run `esparse-trt bench` again")
+    return read_record(
+        path,
+        Bench,
+        "a benchmark",
+        "name a record of `esparse-trt bench`; if it is one, move it away and run that again",
+    )
 
 
 def save_bench(bench: Bench, path: Path) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Check(NamedTuple):
-    """A line of the list of checks; `passed` is None where the check did not run."""
+    """A line of the list of checks; `passed` is None where it did not run, as of an engine only built."""
 
     name: str
     passed: bool | None
@@ -123,4 +123,4 @@ def _engine_check(facts: Report) -> Check:
     text = f"built by {facts.engine.flavour} {facts.engine.version}: {built}; {plugin_use(facts.engine)}"
     if facts.engine.runnable:
         return Check("Engines", True, text)
-    return Check("Engines", True, f"{text}; not run here: {facts.engine.not_runnable}")
+    return Check("Engines", None, f"{text}; not run here: {facts.engine.not_runnable}")

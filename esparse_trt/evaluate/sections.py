@@ -122,9 +122,7 @@ def run_sections(
 def _in_original_order(section: Section, made: Arrays, undo: Undo) -> Arrays:
     outputs = {name: undo(tensor, made[tensor]) for name, tensor in section.linears.items()}
     if section.block and section.output:
-        last = list(section.linears.values())[
-            -1
-        ]  # it is added to the residual stream: they share their basis
+        *_, last = section.linears.values()  # it is added to the residual stream: they share their basis
         stream = made[section.output]
         outputs[section.block] = undo(last, stream.reshape(made[last].shape)).reshape(stream.shape)
     return outputs

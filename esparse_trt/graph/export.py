@@ -27,9 +27,26 @@ from esparse_trt.graph.feeds import read_specs
 from esparse_trt.graph.trace import TracedGraph, trace
 from esparse_trt.graph.weights import Checkpoint, write_model
 from esparse_trt.graph.wrapper import family_of
+from esparse_trt.layout import read_config
 from esparse_trt.progress import note
 from esparse_trt.recipe import Recipe
 from esparse_trt.records import ExportRecord, PruneRecord
+from esparse_trt.sections import ModelSection
+
+
+def require_exportable(section: ModelSection) -> None:
+    """Refuse by its configuration a model that `export` could not trace; `build` asks before pruning it.
+
+    What is wrong with the model's files is left to pruning, which reads them all.
+
+    Raises:
+        EsparseError: the architecture cannot be exported.
+    """
+    try:
+        config = read_config(section)
+    except EsparseError:
+        return
+    family_of(config)
 
 
 def export(recipe: Recipe, folder: BuildDir, pruned: PruneRecord) -> ExportRecord:

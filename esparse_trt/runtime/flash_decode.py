@@ -37,14 +37,59 @@ def _prefetch(addresses) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN00
 
 
 @triton.jit
-def _rotated(states, cosine, sine, column, inside, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Channels `column`, in its shape, rotated by the angles of the token's position."""
-    low = column < SIZE // 2
-    x = tl.load(states + column, mask=inside, other=0.0)
-    partner = tl.load(states + tl.where(low, column + SIZE // 2, column - SIZE // 2), mask=inside, other=0.0)
-    along = x * tl.load(cosine + column, mask=inside, other=0.0).to(tl.float32)
-    across = partner * tl.load(sine + column, mask=inside, other=0.0).to(tl.float32)
-    return (along + tl.where(low, -across, across)).to(x.dtype)
+def _states(states, cosine, sine, column, inside, SIZE: tl.constexpr, ROTATED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Channels `column` of a query or key, in the shape of `inside`; rotated if that is still to be done."""
+    if ROTATED:
+        column = tl.broadcast_to(column, inside.shape)
+        low = column < SIZE // 2
+        x = tl.load(states + column, mask=inside, other=0.0)
+        other = tl.where(low, column + SIZE // 2, column - SIZE // 2)
+        partner = tl.load(states + other, mask=inside, other=0.0)
+        along = x * tl.load(cosine + column, mask=inside, other=0.0).to(tl.float32)
+        across = partner * tl.load(sine + column, mask=inside, other=0.0).to(tl.float32)
+        return (along + tl.where(low, -across, across)).to(x.dtype)
+    else:
+        return tl.load(states + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def _attend_cached(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    q, keys, values, base, begin, end, column, scale,  # noqa: ANN001
+    SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Attention of q [ROWS, PADDED] over what the cache of the head at `base` holds from `begin` to `end`.
+
+    Returns the running maximum [ROWS] (of log2), the sum of weights [ROWS], and of weighted values.
+    """
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    a = tl.zeros([ROWS, PADDED], tl.float32)
+    for start in range(begin, end, TILE):
+        place = start + tl.arange(0, TILE)
+        tile = base + place[:, None] * SIZE + column[None, :]
+        filled = (place[:, None] < end) & (column[None, :] < SIZE)
+        k = tl.load(keys + tile, mask=filled, other=0.0)
+        v = tl.load(values + tile, mask=filled, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.where(place[None, :] < end, s, float("-inf"))
+        higher = tl.maximum(best, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        shrink = tl.exp2(best - higher)
+        total = total * shrink + tl.sum(p, 1)
+        a = tl.dot(p.to(v.dtype), v, a * shrink[:, None], input_precision="ieee")
+        best = higher
+    return best, total, a
+
+
+@triton.jit
+def _attend_new(q, k, v, best, total, a, scale):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The same with one more token, of key and value [PADDED]."""
+    s = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
+    highest = tl.maximum(best, s)
+    weight, before = tl.exp2(s - highest), tl.exp2(best - highest)
+    total = total * before + weight
+    a = a * before[:, None] + weight[:, None] * v.to(tl.float32)[None, :]
+    return highest, total, a
 
 
 @triton.jit
@@ -79,45 +124,18 @@ def _part(  # type: ignore[no-untyped-def]
         gdc_wait()
 
     query += batch * query_batch + (kv_head * GROUP + row[:, None]) * query_head
-    if ROTATED:
-        q = _rotated(query, cosine, sine, tl.zeros([ROWS, 1], tl.int32) + column[None, :], inside, SIZE)
-    else:
-        q = tl.load(query + column[None, :], mask=inside, other=0.0)
-
-    best = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    a = tl.zeros([ROWS, PADDED], tl.float32)
-    for start in range(begin, end, TILE):
-        place = start + tl.arange(0, TILE)
-        tile = base + place[:, None] * SIZE + column[None, :]
-        filled = (place[:, None] < end) & (column[None, :] < SIZE)
-        k = tl.load(keys + tile, mask=filled, other=0.0)
-        v = tl.load(values + tile, mask=filled, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        s = tl.where(place[None, :] < end, s, float("-inf"))
-        higher = tl.maximum(best, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
-        shrink = tl.exp2(best - higher)
-        total = total * shrink + tl.sum(p, 1)
-        a = tl.dot(p.to(v.dtype), v, a * shrink[:, None], input_precision="ieee")
-        best = higher
-
+    q = _states(query, cosine, sine, column[None, :], inside, SIZE, ROTATED)
+    best, total, a = _attend_cached(
+        q, keys, values, base, begin, end, column, scale, SIZE, PADDED, ROWS, TILE
+    )
     if part == 0:  # takes the new token, too: here, as the cache's first tiles are not to wait for it
         own = column < SIZE
         new_keys += batch * key_batch + kv_head * key_head
         new_v = tl.load(new_values + batch * value_batch + kv_head * value_head + column, mask=own, other=0.0)
-        if ROTATED:
-            new_k = _rotated(new_keys, cosine, sine, column, own, SIZE)
-        else:
-            new_k = tl.load(new_keys + column, mask=own, other=0.0)
+        new_k = _states(new_keys, cosine, sine, column, own, SIZE, ROTATED)
         tl.store(keys + base + length * SIZE + column, new_k, mask=own)
         tl.store(values + base + length * SIZE + column, new_v, mask=own)
-        new_s = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
-        highest = tl.maximum(best, new_s)
-        weight, before = tl.exp2(new_s - highest), tl.exp2(best - highest)
-        total = total * before + weight
-        a = a * before[:, None] + weight[:, None] * new_v.to(tl.float32)[None, :]
-        best = highest
+        best, total, a = _attend_new(q, new_k, new_v, best, total, a, scale)
 
     if PARTS == 1:
         output += batch * (KV_HEADS * GROUP * SIZE) + to

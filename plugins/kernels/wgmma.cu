@@ -24,6 +24,7 @@ constexpr int kWorthSplitting = 2;                               // 128-k tiles 
 struct Plan {
   int split = 1, share_x = 1, share_w = 1, per_sm = 1;
   int ctas() const { return split * share_x * share_w; }
+  bool shares() const { return share_x * share_w > 1; }
 };
 
 int count(int64_t size, int tile) { return static_cast<int>(ceil_div(size, tile)); }
@@ -220,7 +221,8 @@ void add_wgmma(Candidates& all) {
   const auto add = [&](int rows, int tokens, bool pingpong, std::initializer_list<Plan> plans) {
     for (const Kernel& kernel : kernels)
       if (kernel.rows == rows && kernel.tokens == tokens && kernel.pingpong == pingpong)
-        for (const Plan& plan : plans) all.push_back(std::make_unique<WgmmaCandidate>(kernel, plan));
+        for (const Plan& plan : plans)
+          if (kernel.shares == plan.shares()) all.push_back(std::make_unique<WgmmaCandidate>(kernel, plan));
   };
   // split, share_x, share_w, per_sm
   add(64, 16, false, {{1, 1, 1, 2}, {2, 1, 1, 1}, {2, 1, 1, 2}});

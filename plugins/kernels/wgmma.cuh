@@ -9,9 +9,9 @@
 // t = 2, 3 with selector 1; as the four q are adjacent words, one 8-byte load a lane serves 128 k.
 //
 // Warp specialisation: in the last warpgroup one warp drives the copies of the weights, which depend on no other
-// kernel, and one those of x, which wait for the previous one (wgmma_feed.cuh); the other warpgroups multiply
-// (wgmma_consumer.cuh). A stage is handed back only when the wgmmas of the next one are under way, so the tensor cores
-// never drain between stages.
+// kernel, one those of x, which wait for the previous one, and two set up the rings (wgmma_feed.cuh); the others
+// multiply (wgmma_consumer.cuh). A stage is handed back only when the wgmmas of the next one are under way, so the
+// tensor cores never drain between stages.
 //
 // A cluster works on a block of share_x tiles along the rows (each CTA loads its part of the x tile and multicasts it
 // to the others) times share_w along the tokens (the same for W), with K in `split` parts: the CTA of part p of the
@@ -41,41 +41,40 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLight ? 2 : 1) gemm(con
   ptx::griddepcontrol_launch_dependents();
   if (warp >= kWeightsWarp) {
     if constexpr (Tile::kHeavy) ptx::setmaxnreg_dec<Tile::kProducerRegisters>();
-    const bool elected = ptx::elect_sync();
     if (warp == kWeightsWarp) {
-      feed<WeightsCopies<Tile>>(cta, elected);
+      feed<WeightsCopies<Tile>>(cta);
     } else if (warp == kXWarp) {
-      feed<XCopies<Tile>>(cta, elected);
+      feed<XCopies<Tile>>(cta);
+    } else if (warp == kXWarp + 1) {
+      set_up<WeightsCopies<Tile>>(cta);
     } else {
-      if (warp == kXWarp + 1 && elected) {
-        ptx::mbarrier_init(cta.reduced(), 1);
-        ptx::fence_mbarrier_init();
-      }
-      __syncwarp();
-      cta.arrive_set_up();
-      if (!cta.alone()) ptx::barrier_cluster_wait_acquire();
+      set_up<XCopies<Tile>>(cta);
     }
     __syncwarp();
     if (cta.splits() && a.exchange_in_ring) cluster_sync();
   } else {
     if constexpr (Tile::kHeavy) ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();
-    cta.await_set_up();
+    ptx::bar_sync(kSetUpBarrier, Tile::kConsumers + 64);
+    if (!cta.alone()) ptx::barrier_cluster_arrive_relaxed();
     Consumer<Tile> consumer(cta);
+    if (cta.log_tiles()) ptx::barrier_cluster_wait_acquire();
     for (uint32_t index = cta.cluster + consumer.turn * cta.clusters; index < cta.pieces();
          index += Tile::kTurns * cta.clusters) {
       const Work work = cta.work(index);
       consumer.begin(work);
-      consumer.multiply(work);
+      consumer.multiply(work, index + cta.clusters >= cta.pieces());
       if (!work.whole()) {
+        if (!cta.log_tiles()) ptx::barrier_cluster_wait_acquire();  // nothing of the others was needed before
         if (a.exchange_in_ring) cluster_sync();
         reduce(consumer, work);
-        ptx::barrier_cluster_arrive_relaxed();
+        if (cta.log_tiles()) ptx::barrier_cluster_arrive_relaxed();
       }
       consumer.store(work);
     }
   }
-  // Until the others of the cluster neither read this one's shared memory nor arrive at its barriers.
-  if (!cta.alone()) {
+  // Until the others of the cluster neither copy to this one's shared memory nor arrive at its barriers. Where they
+  // only exchange sums, it has waited for all that it receives.
+  if (cta.log_tiles()) {
     __syncwarp();
     if (!cta.splits() || warp >= kWeightsWarp) ptx::barrier_cluster_arrive_relaxed();
     ptx::barrier_cluster_wait_acquire();

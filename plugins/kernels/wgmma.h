@@ -30,22 +30,24 @@ struct Shares {
   __host__ __device__ int begin(int part) const { return part * each + (part < rest ? part : rest); }
 };
 
-// What the first copies need comes first, in the one or two lines of the constant cache that they wait for.
+// What the first copies need comes first, in the line of the constant cache that they wait for.
 struct Arguments {
-  int k_tiles;                     // of 128 k
-  int weights_stages, x_stages;
-  int x_arrives;                   // bytes of a stage of x
-  int log_share_x, log_share_w;    // of a cluster: tiles along the rows, along the tokens
-  int split, ctas;                 // parts of K; all of a cluster
-  int programmatic;                // x may not be there yet when the kernel starts
-  Shares k_shares, column_shares;  // of those who split K, and the columns of a tile that each adds up
-  uint32_t blocks, tiles;          // pieces of work: blocks of tiles, then single ones of which all CTAs split K
-  uint32_t row_clusters, token_clusters;  // blocks of tiles of y^T
-  uint32_t group, in_group;               // token clusters that are worked on together, and their blocks
-  Divisor by_group, by_in_group;
+  uint8_t log_share_x, log_share_w;  // of a cluster: tiles along the rows, along the tokens
+  uint8_t split, ctas;               // parts of K; all of a cluster
+  uint8_t weights_stages, x_stages;
+  uint8_t programmatic;              // x may not be there yet when the kernel starts
+  int x_arrives;                     // bytes of a stage of x
+  int k_tiles;                       // of 128 k
+  Shares k_shares;                   // of those who split K
+  uint32_t blocks, tiles;            // pieces of work: blocks of tiles, then single ones of which all CTAs split K
+  uint32_t token_clusters;           // blocks of tiles of y^T: along the tokens
   uint64_t weight_policy, x_policy;  // for L2
-  uint32_t staging, received;        // offsets in shared memory
-  int exchange_in_ring;              // sums of other CTAs are received where the stages were
+  uint32_t row_clusters;             // along the rows
+  uint32_t group, in_group;          // token clusters that are worked on together, and their blocks
+  Divisor by_group, by_in_group;
+  Shares column_shares;        // the columns of a tile that each of those who split K adds up
+  uint32_t staging, received;  // offsets in shared memory
+  int exchange_in_ring;        // sums of other CTAs are received where the stages were
   int m, n;
   int columns;  // n, or with an activation n / 2
   esparse_activation activation;
@@ -73,6 +75,7 @@ constexpr int staging_bytes(int tokens, int warpgroups) {
 struct Kernel {
   int rows, tokens, warpgroups;
   bool light;        // two CTAs fit on an SM
+  bool shares;       // for clusters whose CTAs share x or W
   bool pingpong;     // each warpgroup has a tile of its own
   const void* fp16;  // kernels of Arguments
   const void* bf16;

@@ -50,8 +50,8 @@ struct Consumer {
   // Lane i hands back to the i-th CTA whose copies reach this one; where only its own do, it counts as often.
   __device__ void begin(const Work& work) {
     const bool shares = work.tiles > 1;
-    const int along_tokens = shares ? cta.beside(cta.row, lane) : cta.rank;
-    const int along_rows = shares ? cta.beside(lane, cta.token) : cta.rank;
+    const int along_tokens = shares ? cta.beside(cta.row(), lane) : cta.rank;
+    const int along_rows = shares ? cta.beside(lane, cta.token()) : cta.rank;
     weights_handback = lane < cta.share_w() ? ptx::mapa(weights.empty(0), along_tokens) : 0;
     x_handback = lane < cta.share_x() ? ptx::mapa(x.empty(0), along_rows) : 0;
     load_bias(work);
@@ -130,8 +130,8 @@ struct Consumer {
     if (x_handback) ptx::mbarrier_arrive_cluster(x_handback + 16 * t);
   }
 
-  // sum = the product over this CTA's k.
-  __device__ void multiply(const Work& work) {
+  // sum = the product over this CTA's k. After the `last` piece of the CTA nobody waits for the stages.
+  __device__ void multiply(const Work& work, bool last) {
 #pragma unroll
     for (int b = 0; b < Tile::kBlocks; ++b)
 #pragma unroll
@@ -147,7 +147,7 @@ struct Consumer {
     if (steps & 1) step(even, steps == 1);
     pass_turn();
     ptx::wgmma_wait_group<0>();
-    release_before();
+    if (!last) release_before();
     skip_turn();
 #pragma unroll
     for (int b = 0; b < Tile::kBlocks; ++b)

@@ -7,6 +7,8 @@ void esparse::wgmma::add_narrow(std::vector<Kernel>& kernels) {
   kernels.push_back(kernel<1, 1, 32>());
   kernels.push_back(kernel<2, 1, 32>());
   kernels.push_back(kernel<1, 1, 64>());
+  kernels.push_back(kernel<1, 1, 64, true>());
   kernels.push_back(kernel<2, 1, 64>());
+  kernels.push_back(kernel<2, 1, 64, true>());
   kernels.push_back(kernel<3, 1, 64>());
 }

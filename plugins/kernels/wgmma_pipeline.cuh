@@ -6,9 +6,10 @@
 
 namespace esparse::wgmma {
 
-template <typename T_, int kWarpgroups_, int kBlocks_, int kTokens_, bool kPingpong>
+template <typename T_, int kWarpgroups_, int kBlocks_, int kTokens_, bool kShares_, bool kPingpong>
 struct Tile {
   using T = T_;
+  static constexpr bool kShares = kShares_;         // whether the CTAs of a cluster share x or W
   static constexpr int kWarpgroups = kWarpgroups_;  // that multiply, each kBlocks x 64 rows of a tile
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kTokens = kTokens_;
@@ -21,8 +22,8 @@ struct Tile {
   // wgmmas side by side along the tokens. One of 256 does not fit the registers with which 512 threads start, by which
   // ptxas judges it.
   static constexpr int kParts = kWarpgroups == 3 && kTokens == 256 ? 2 : 1;
-  static constexpr int kSums = kTokens / 2;              // fp32 sums of a thread in one block of 64 rows
-  static constexpr int kColumns = kTokens / 8;           // columns of 8 tokens, four sums each
+  static constexpr int kSums = kTokens / 2;     // fp32 sums of a thread in one block of 64 rows
+  static constexpr int kColumns = kTokens / 8;  // columns of 8 tokens, four sums each
   // Few enough registers for two CTAs on an SM.
   static constexpr bool kLight = kBlocks * kSums <= 32 && kWarpgroups <= 2;
   // Otherwise registers go from the warpgroup that copies to those that multiply.
@@ -38,8 +39,9 @@ struct Tile {
 
 namespace detail {
 
-// Named barriers; the warpgroups that multiply have 1 and up.
-constexpr int kTurnBarrier = 4, kSetUpBarrier = 8;
+// Named barriers; the warpgroups that multiply have 1 and up. That its barriers are set up is told to the warp that
+// copies by kFullBarrier and kEmptyBarrier, one each ring, and to those that multiply by kSetUpBarrier.
+constexpr int kTurnBarrier = 4, kSetUpBarrier = 8, kFullBarrier = 9, kEmptyBarrier = 11;
 
 __device__ inline void wait(uint32_t barrier, uint32_t phase) {
   while (!ptx::mbarrier_try_wait_parity(barrier, phase)) {
@@ -71,10 +73,12 @@ struct Ring {
   __device__ void init_full() const {
 #pragma unroll
     for (int i = 0; i < kMaxStages; ++i) ptx::mbarrier_init(full + 16 * i, 1);
+    ptx::fence_mbarrier_init();
   }
   __device__ void init_empty(int warps) const {
 #pragma unroll
     for (int i = 0; i < kMaxStages; ++i) ptx::mbarrier_init(empty(i), warps);
+    ptx::fence_mbarrier_init();
   }
   // For the thread that copies.
   __device__ void expect() const { ptx::mbarrier_arrive_expect_tx(full_here(), arrives); }
@@ -106,19 +110,30 @@ struct Cta {
   const Arguments& a;
   const uint32_t shared;  // base of shared memory
   const int cluster = blockIdx.x, clusters = gridDim.x, rank = blockIdx.y;
-  // Its tile in a block of the cluster, and its part of K: rank = row + share_x (token + share_w part).
-  const int row = rank & (share_x() - 1), token = rank >> a.log_share_x & (share_w() - 1), part = rank >> log_tiles();
 
   __device__ Cta(const Arguments& a, uint32_t shared) : a(a), shared(shared) {}
 
-  __device__ int share_x() const { return 1 << a.log_share_x; }
-  __device__ int share_w() const { return 1 << a.log_share_w; }
-  __device__ int log_tiles() const { return a.log_share_x + a.log_share_w; }  // of a block
+  __device__ int log_share_x() const { return Tile::kShares ? a.log_share_x : 0; }
+  __device__ int log_share_w() const { return Tile::kShares ? a.log_share_w : 0; }
+  __device__ int log_tiles() const { return log_share_x() + log_share_w(); }  // of a block
+  __device__ int share_x() const { return 1 << log_share_x(); }
+  __device__ int share_w() const { return 1 << log_share_w(); }
+  // One that is alone is launched without a cluster, which is sooner.
   __device__ bool alone() const { return a.ctas == 1; }
+  // Its tile in a block of the cluster, and its part of K: rank = row + share_x (token + share_w part).
+  __device__ int row() const { return rank & (share_x() - 1); }
+  __device__ int token() const { return rank >> log_share_x() & (share_w() - 1); }
+  __device__ int part() const { return rank >> log_tiles(); }
   // The CTA at (row, token) that works on the same part of K.
-  __device__ int beside(int row, int token) const { return row + ((token + (part << a.log_share_w)) << a.log_share_x); }
+  __device__ int beside(int row, int token) const {
+    return row + ((token + (part() << log_share_w())) << log_share_x());
+  }
 
   __device__ uint32_t reduced() const { return shared; }
+  __device__ void init_reduced() const {
+    ptx::mbarrier_init(reduced(), 1);
+    ptx::fence_mbarrier_init();
+  }
   __device__ Ring weights() const {
     return {shared + kBarriersBytes, shared + 16, Tile::kWeightsBytes, a.weights_stages, Tile::kWeightsBytes};
   }
@@ -127,36 +142,20 @@ struct Cta {
             a.x_stages, a.x_arrives};
   }
 
-  // The barriers of all CTAs of the cluster are set up. One that is alone was launched without a cluster, which is
-  // sooner, but has no barrier at which to arrive without waiting.
-  __device__ void arrive_set_up() const {
-    if (alone()) {
-      ptx::bar_arrive(kSetUpBarrier, Tile::kThreads);
-    } else {
-      ptx::barrier_cluster_arrive_relaxed();
-    }
-  }
-  __device__ void await_set_up() const {
-    if (alone()) {
-      ptx::bar_sync(kSetUpBarrier, Tile::kThreads);
-    } else {
-      cluster_sync();
-    }
-  }
-
-  __device__ uint32_t pieces() const { return a.blocks + a.tiles; }
+  __device__ uint32_t single_tiles() const { return Tile::kShares ? a.tiles : 0; }
+  __device__ uint32_t pieces() const { return a.blocks + single_tiles(); }
   // Whether this cluster splits K in its last piece. Where in all, it has only one; otherwise where that is a single
   // tile, as `blocks` is then a multiple of `clusters`.
-  __device__ bool splits() const { return a.split > 1 || cluster < a.tiles; }
+  __device__ bool splits() const { return a.split > 1 || cluster < single_tiles(); }
 
   // The `index`-th piece. Blocks of tiles run along the tokens within groups of `group` clusters of tokens, so that
   // CTAs at work together share rows of W and x in L2.
   __device__ Work work(uint32_t index) const {
-    Work work{row, token, 1 << log_tiles(), part, a.split, 0, a.k_tiles};  // row, token: at first in the block
-    if (index >= a.blocks) {
+    Work work{row(), token(), 1 << log_tiles(), part(), a.split, 0, a.k_tiles};  // row, token: at first in the block
+    if (Tile::kShares && index >= a.blocks) {
       const int tile = (index - a.blocks) & (work.tiles - 1);
       index = a.blocks + ((index - a.blocks) >> log_tiles());
-      work = {tile & (share_x() - 1), tile >> a.log_share_x, 1, rank, a.ctas, 0, a.k_tiles};
+      work = {tile & (share_x() - 1), tile >> log_share_x(), 1, rank, a.ctas, 0, a.k_tiles};
     }
     if (!work.whole()) {
       work.k_begin = a.k_shares.begin(work.part);
@@ -170,8 +169,8 @@ struct Cta {
       row_cluster = width == a.group ? a.by_group.quotient(index) : index / width;
       token_cluster = first + index - row_cluster * width;
     }
-    work.row0 = ((row_cluster << a.log_share_x) + work.row0) * Tile::kRows;
-    work.token0 = ((token_cluster << a.log_share_w) + work.token0) * Tile::kTokens;
+    work.row0 = ((row_cluster << log_share_x()) + work.row0) * Tile::kRows;
+    work.token0 = ((token_cluster << log_share_w()) + work.token0) * Tile::kTokens;
     return work;
   }
 };

@@ -8,35 +8,37 @@ namespace esparse::wgmma::detail {
 template <class Tile>
 constexpr int kColumnBytes = Tile::kBlocks * 128 * 16;  // of a warpgroup's sums in a column of 8 tokens
 
-// Where part `to` of K, whose columns begin with `first`, receives this thread's sums from part `from`: those
-// of column j are j columns further on.
+// Where a part of K receives what this thread holds from the `slot`-th of the other parts, of the first of its columns.
 template <class Tile>
-__device__ uint32_t received(const Consumer<Tile>& c, int from, int to, int first) {
+__device__ uint32_t received(const Consumer<Tile>& c, int slot) {
   const Shares& shares = c.cta.a.column_shares;
-  const int slot = from < to ? from : from - 1, columns = shares.each + (shares.rest > 0);
+  const int columns = shares.each + (shares.rest > 0);
   return c.cta.shared + c.cta.a.received + c.thread % 128 * 16 +
-         ((slot * Tile::kWarpgroups + c.warpgroup) * columns - first) * kColumnBytes<Tile>;
+         (slot * Tile::kWarpgroups + c.warpgroup) * columns * kColumnBytes<Tile>;
 }
 
-// Give each of the other parts its columns of this one's sums.
+// Give each of the other parts its columns of this one's sums. A loop over the parts would be less code, but each part
+// needs about as many instructions as a column, most of which the compiler works out here.
 template <class Tile>
 __device__ void send(Consumer<Tile>& c, const Work& work) {
   const auto& cta = c.cta;
-  for (int i = 1; i < work.parts; ++i) {
-    const int other = work.part + i < work.parts ? work.part + i : work.part + i - work.parts;
-    const int first = cta.a.column_shares.begin(other);
-    const int end = cta.a.column_shares.begin(other + 1);
-    const int rank = (cta.rank & (work.tiles - 1)) + work.tiles * other;
-    const uint32_t barrier = ptx::mapa(cta.reduced(), rank);
-    const uint32_t to = ptx::mapa(cta.shared, rank) - cta.shared + received(c, work.part, other, first);
+  const Shares& shares = cta.a.column_shares;
+  const uint32_t at_lower = received(c, work.part - 1), at_higher = received(c, work.part);  // parts than this one
+  int owner = 0, first = 0, end = shares.begin(1);
 #pragma unroll
-    for (int j = 0; j < Tile::kColumns; ++j) {
-      if (j < first || j >= end) continue;
-#pragma unroll
-      for (int b = 0; b < Tile::kBlocks; ++b)
-        ptx::st_async_v4(to + j * kColumnBytes<Tile> + b * 2048, c.at(b, 4 * j), c.at(b, 4 * j + 1), c.at(b, 4 * j + 2),
-                         c.at(b, 4 * j + 3), barrier);
+  for (int j = 0; j < Tile::kColumns; ++j) {
+    if (j == end) {
+      first = end;
+      end += shares.each + (++owner < shares.rest);
     }
+    if (owner == work.part) continue;
+    const uint32_t barrier = ptx::mapa(cta.reduced(), (cta.rank & (work.tiles - 1)) + work.tiles * owner);
+    const uint32_t here = (owner < work.part ? at_lower : at_higher) + (j - first) * kColumnBytes<Tile>;
+    const uint32_t to = here - cta.reduced() + barrier;
+#pragma unroll
+    for (int b = 0; b < Tile::kBlocks; ++b)
+      ptx::st_async_v4(to + b * 2048, c.at(b, 4 * j), c.at(b, 4 * j + 1), c.at(b, 4 * j + 2), c.at(b, 4 * j + 3),
+                       barrier);
   }
 }
 
@@ -49,11 +51,12 @@ __device__ void reduce(Consumer<Tile>& c, const Work& work) {
   if (c.thread == 0)
     ptx::mbarrier_arrive_expect_tx(cta.reduced(), (end - first) * Tile::kRows * 8 * 4 * (work.parts - 1));
   send(c, work);
+  if (first == end) return;
   while (!ptx::mbarrier_try_wait_parity_cluster(cta.reduced(), 0)) {
   }
-  for (int other = 0; other < work.parts; ++other) {
-    if (other == work.part) continue;
-    const uint32_t from = received(c, other, work.part, first);
+#pragma unroll Tile::kColumns <= 4 ? 4 : 1  // few columns have many parts, whose loads overlap then
+  for (int slot = 0; slot + 1 < work.parts; ++slot) {
+    const uint32_t from = received(c, slot) - first * kColumnBytes<Tile>;
 #pragma unroll
     for (int j = 0; j < Tile::kColumns; ++j) {
       if (j < first || j >= end) continue;

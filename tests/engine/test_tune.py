@@ -317,7 +317,7 @@ def test_layers_that_would_not_be_packed_are_not_measured(tiny_recipe):
 
 
 def test_no_recipe_and_no_shape_is_an_error():
-    with pytest.raises(EsparseError, match="which layers"):
+    with pytest.raises(EsparseError, match="no layers are named"):
         tuning.layer_shapes(None, None)
     with pytest.raises(EsparseError, match="'4096' is not a shape"):
         tuning.parse_shape("4096")

@@ -384,8 +384,8 @@ def invoke(*arguments: object) -> str:
 
 
 def test_command_refuses_what_it_cannot_measure(tmp_path: Path):
-    assert "what to measure?" in invoke()
-    assert "what to measure?" in invoke(tmp_path, "--shape", "llama-7b")
+    assert "give either a build or a shape" in invoke()
+    assert "give either a build or a shape" in invoke(tmp_path, "--shape", "llama-7b")
     assert "no build.json there" in invoke(tmp_path)
     assert "no model shape is called 'llama-8'" in invoke("--shape", "llama-8")
     assert "'1;2' is not a list of numbers" in invoke("--shape", "llama-7b", "--batch", "1;2")

@@ -347,6 +347,16 @@ def test_failed_checks_stand_out(full):
     assert "Quality gate failed." in html.text
 
 
+def test_an_engine_that_was_only_built_has_not_passed(full):
+    recipe, folder, manifest = full
+    html, _ = write(recipe, folder, manifest)
+    assert "not run: engines" in html.text
+    records = make_records()
+    records["engine"] = records["engine"].model_copy(update={"runnable": True, "not_runnable": None})
+    html, _ = write(recipe, folder, make_manifest(recipe, records))
+    assert "not run: engines" not in html.text
+
+
 def test_everything_foreign_is_escaped(full, tmp_path):
     evil = "<script>alert('x')</script>&\"<b>"
     recipe = make_recipe(tmp_path, description=evil, report={"title": evil})
