@@ -5,8 +5,9 @@ part for Python with its libraries, plus what each stage holds:
 
     prune    one decoder block in fp32 with its scores (about 6 copies of it), and the hidden states of the
              whole calibration text, samples · length · hidden · 4 bytes, read and written; those of the
-             dense model too where they are needed; for weight updates and `permute.refine` six matrices
-             K x K of the widest layer; to distill, five copies of the model in fp32
+             dense model too where they are needed; to weight tokens, what every block reads of as many
+             sequences as fit in 4 GiB; for weight updates and `permute.refine` six matrices K x K of the
+             widest layer; to distill, five copies of the model in fp32
     export   a few copies of the largest tensor: weights are streamed
     fold     the same, once in float64: the proof runs the graph in small parts
     pack     the same
@@ -31,6 +32,7 @@ from esparse_trt.layout import empty_model, read_config, selected_linears
 from esparse_trt.pipeline import STAGES, preview
 from esparse_trt.recipe import Recipe
 from esparse_trt.sparsity.models import family_of
+from esparse_trt.sparsity.tokens import KEPT
 
 _BASE = 0.8 * 2**30  # Python with torch, transformers and ONNX Runtime loaded
 _VERIFY = 1.0 * 2**30  # logits of a window in float64, and the arenas of two ONNX Runtime sessions
@@ -116,6 +118,8 @@ def _memory(recipe: Recipe, model: nn.Module, config: PretrainedConfig, paramete
     widest = max(m.in_features for m in first.modules() if isinstance(m, nn.Linear))
     square = widest**2 if recipe.prune.update.method == "obs" or recipe.prune.refine else 0
     prune = 6 * 4 * block + (4 if recipe.prune.follows_dense else 2) * 4 * hidden + 6 * 4 * square
+    if recipe.prune.tokens == "effect":
+        prune += min(KEPT, 2 * hidden * config.num_hidden_layers)
     if recover and recover.distill:
         prune = max(prune, 5 * 4 * parameters)
     runtime = parameters * (_width(recipe) + (4 if _width(recipe) == 2 else 0))

@@ -59,16 +59,21 @@ VARIANTS = (
     Variant("e_sparse, local 256", {"permute": {"local": {"block": 256}}}),
     Variant("e_sparse, gather", {"permute": {"attention": "gather"}}),
     Variant(
-        "e_sparse, tokens weighed", {"tokens": "effect", "permute": {"attention": "gather", "rows": "effect"}}
+        "e_sparse, tokens weighted",
+        {"tokens": "effect", "permute": {"attention": "gather", "rows": "effect"}},
+    ),
+    Variant(
+        "e_sparse, tokens weighted, global off",
+        {"tokens": "effect", "permute": {"global": "none", "attention": "gather", "rows": "effect"}},
     ),
     Variant("e_sparse, refined", {"permute": {"refine": _MAKE_UP}}),
     Variant("e_sparse, refined, gather", {"permute": {"refine": _MAKE_UP, "attention": "gather"}}),
     Variant(
-        "e_sparse, refined, gather, weighed",
+        "e_sparse, refined, gather, weighted",
         {"permute": {"refine": _MAKE_UP, "attention": "gather", "rows": "effect"}},
     ),
     Variant(
-        "e_sparse, refined, tokens weighed, making up",
+        "e_sparse, refined, tokens weighted, making up",
         {"tokens": "effect", "permute": {"refine": _MAKE_UP, "attention": "gather", "rows": "effect"}},
     ),
     Variant(
@@ -81,7 +86,7 @@ VARIANTS = (
     Variant("e_sparse, residual none", {"permute": {"residual": "none"}}),
     Variant("obs, no shuffle", {"permute": _UNPERMUTED, "update": _OBS}),
     Variant("obs", {"update": _OBS}),
-    Variant("obs, tokens weighed", {"tokens": "effect", "update": _OBS}),
+    Variant("obs, tokens weighted", {"tokens": "effect", "update": _OBS}),
     Variant("obs, sparsegpt with shuffles", {"update": _SPARSEGPT}),
     Variant("obs, without correction", {"update": {**_OBS, "correct": 0.0}}),
     Variant("obs, without refit", {"update": {**_OBS, "refit": 0}}),

@@ -13,7 +13,7 @@ from esparse_trt.recipe import parse_recipe
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 GRID = """
-weighed: { tokens: effect }
+weighted: { tokens: effect }
 refined: { permute: { refine: { rounds: 3, correct: 0.7 } } }
 recovered: { update: { method: obs }, recover: { steps: 10, learning_rate: 0.0001 } }
 """
@@ -45,7 +45,7 @@ def test_both_shuffles_beat_wanda_and_magnitude(perplexity: dict[str, float]):
 
 
 def test_tokens_that_count_by_what_outputs_do_help_further(perplexity: dict[str, float]):
-    assert perplexity["weighed"] < perplexity["e_sparse"]
+    assert perplexity["weighted"] < perplexity["e_sparse"]
 
 
 def test_swaps_that_lower_the_output_error_help_further(perplexity: dict[str, float]):

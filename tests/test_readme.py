@@ -114,13 +114,15 @@ def test_the_first_screen_repeats_what_was_measured():
     rows = [bench_text.cell_row(cell) for cell in bench.cells if cell.prompt == 512]
     for batch, _, tokens, gain, prefill, prefill_gain, *_, joules in rows:
         assert f"| {batch} | {tokens} | {gain} | {prefill} | {prefill_gain} | {joules} |" in first
-    table = load_ablation(ROOT / "recipes/results/ablation-qwen2.5-coder-0.5b.json")
-    found = {"dense": table.dense_perplexity} | {row.name: row.perplexity for row in table.rows}
+    files = (f"ablation-qwen2.5-coder-0.5b{name}.json" for name in ("-equal", ""))
+    tables = [load_ablation(ROOT / "recipes/results" / file) for file in files]
+    rows = {row.name: row for table in tables for row in table.rows}
+    found = {"dense": tables[-1].dense_perplexity} | {name: row.perplexity for name, row in rows.items()}
     shown = dict(re.findall(r"^\| `([^`]+)`.* \| ([\d.]+) \|$", first, re.M))
     assert len(shown) >= 3
     assert shown == {name: f"{found[name]:.2f}" for name in shown}
-    seconds = {row.name: f"{row.seconds:.0f}" for row in table.rows}
-    assert seconds["distilled"] == re.search(r"^\| `distilled`: .* (\d+) s on an H200", first, re.M)[1]
+    trained = re.search(r"^\| `distilled`: .* (\d+) s on an H200", first, re.M)
+    assert trained and trained[1] == f"{rows['distilled'].seconds:.0f}"
 
 
 def test_the_errors_of_the_predictions_are_what_was_measured():

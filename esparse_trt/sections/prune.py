@@ -55,7 +55,10 @@ class PermuteSection(Section):
     """Channel permutations chosen so that N:M pruning loses less (DESIGN section 5)."""
 
     global_: Literal["deal", "sort", "none"] = Field(
-        "deal", alias="global", description="Global naive shuffle"
+        "none",
+        alias="global",
+        description="Global naive shuffle, before the local one, which on both models that we measured "
+        "ends better without it",
     )
     local: LocalShuffle | None = Field(
         default_factory=LocalShuffle, description="Local block shuffle, or null"
@@ -188,10 +191,10 @@ class PruneSection(Section):
     update: UpdateSection = Field(default_factory=UpdateSection)
     tokens: Literal["effect", "equal"] = Field(
         "effect",
-        description="How much each token counts in the squared output errors that `permute.refine` and "
-        "`update` lower: by what the layer's outputs for it do to the model's predictions, found by a "
-        "backward pass over the calibration text, so that attention sinks count for what they are; or all "
-        "the same",
+        description="How much each token of the calibration text counts for each output, in scores and in "
+        "the errors that `permute.refine` and `update` lower: by what the output does to the model's "
+        "predictions there, found by a backward pass, so that attention sinks count for what they are; or "
+        "all the same, as in the papers",
     )
     recover: RecoverSection | None = Field(None, description="Train the kept weights afterwards; or null")
     layers: LayerSelection = Field(default_factory=LayerSelection)

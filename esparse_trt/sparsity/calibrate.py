@@ -1,6 +1,7 @@
 """Streaming statistics of the tensors that linear layers read: memory O(K·bins) per site, never O(T·K).
 
-Only methods that need the Hessian Xᵀ X take O(K²), in float32; tokens may be weighed in it (see `tokens`).
+Only methods that need the Hessian Xᵀ X take O(K²), in float32. Tokens may be weighted in it and in the norms
+(see `tokens`).
 
 The norm takes one pass over the calibration inputs. The information measures take two: the histogram of a
 channel lies between its own minimum and maximum, which the first pass finds. Counts are integers and squares
@@ -58,7 +59,7 @@ class ChannelRange:
 
 
 class ChannelMoments:
-    """Sum of squares of each channel, its histogram where the ranges are given, and Xᵀ X where wanted."""
+    """Sums of squares of each channel, its histogram where the ranges are given, and Xᵀ X where wanted."""
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class ChannelMoments:
         weights: Tensor | None = None,
     ) -> None:
         self.squares = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.weighted = self.squares if weights is None else torch.zeros_like(self.squares)
         self.sums = torch.zeros(channels, dtype=torch.float64, device=device)
         self.tokens = 0
         self.bins = bins
@@ -87,13 +89,13 @@ class ChannelMoments:
         """Take in x [T, K] and what the layer made of it, y [T, N]."""
         rows = max(1, _CHUNK_ELEMENTS // x.shape[1])
         for chunk, output in zip(x.split(rows), y.split(rows), strict=True):
-            chunk = chunk.float()
+            chunk = weighted = chunk.float()
+            if self.weights is not None:
+                weighted = chunk * self.weights[self.tokens : self.tokens + len(chunk)].unsqueeze(1)
+                self.weighted += (weighted * chunk).sum(0, dtype=torch.float64)
             self.squares += (chunk * chunk).sum(0, dtype=torch.float64)
             if self.hessian is not None:
-                weighed = chunk
-                if self.weights is not None:
-                    weighed = chunk * self.weights[self.tokens : self.tokens + len(chunk)].unsqueeze(1)
-                self.hessian.addmm_(weighed.T, chunk)
+                self.hessian.addmm_(weighted.T, chunk)
             self.tokens += len(chunk)
             if self.range is not None:
                 self.sums += chunk.sum(0, dtype=torch.float64)
@@ -110,7 +112,7 @@ class ChannelMoments:
     def statistics(self) -> ChannelStatistics:
         """Norm and, where they were taken, information and Hessian."""
         information = None if self.range is None else self._information(self.range)
-        return ChannelStatistics(self.squares.sqrt(), information, self.tokens, self.hessian)
+        return ChannelStatistics(self.weighted.sqrt(), information, self.tokens, self.hessian)
 
     def _information(self, range_: ChannelRange) -> Tensor:
         """The measure of the module docstring: float64 [K]."""
@@ -154,7 +156,8 @@ def collect(
         bins: bins of the histograms, None if no information measure is needed.
         measure: which of the module docstring.
         hessian: whether Xᵀ X is needed.
-        weights: site -> c [T], how much each token counts in Xᵀ X: Xᵀ diag(c) X; those absent count 1.
+        weights: site -> c [T], how much each token counts in norms and in Xᵀ X, which becomes Xᵀ diag(c) X;
+            those absent count 1.
 
     Raises:
         EsparseError: NaN or Inf in the inputs, naming site and batch; or a site was never reached.

@@ -9,6 +9,7 @@ written to disk here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -32,7 +33,7 @@ from esparse_trt.sparsity.score import (
     needs_statistics,
 )
 from esparse_trt.sparsity.site import SitePruner, reads_residual
-from esparse_trt.sparsity.tokens import token_weights
+from esparse_trt.sparsity.tokens import Weighting, weight_tokens
 
 _SHARED_ROWS = 1 << 15  # rows of scores, over all layers, on which the shared permutation is chosen
 
@@ -95,13 +96,13 @@ class Pruner:
         return self.section.permute.residual == "shared" and self.shared is None
 
     @cached_property
-    def _token_weights(self) -> dict[str, Tensor]:
-        """How much tokens count in the Hessians of sites in the blocks; empty: all the same."""
+    def _weighting(self) -> Weighting:
+        """How much tokens count for the sites in the blocks; empty: all the same."""
         if self.section.tokens == "equal":
-            return {}
+            return Weighting({}, {})
         pruned = [site for block in self.plan.blocks for site in block if site.pruned]
         layers = {site.name: [layer.name for layer in site.pruned] for site in pruned}
-        return token_weights(self.model, layers, self._windows)
+        return weight_tokens(self.model, layers, self._windows)
 
     def restart(self) -> None:
         """Go back to the first block: its inputs are the embedded calibration text."""
@@ -170,7 +171,7 @@ class Pruner:
             for site in together:
                 missing = None
                 if ordinary is not None and site.pruned:
-                    counts = ordinary.float() * self._token_weights.get(site.name, 1)
+                    counts = ordinary.float() * self._weighting.tokens.get(site.name, 1)
                     missing = correct.missing(self.model, index, site, writers, dense, counts)
                 found = self._sites.prune(
                     site,
@@ -201,12 +202,17 @@ class Pruner:
         return {name: linear(self.model.model, name).weight.detach().clone() for name in names}
 
     def _statistics(self, sites: Iterable[PlannedSite], index: int) -> dict[str, ChannelStatistics]:
-        readers = {site.name: linear(self.model.model, site.name) for site in sites}
-        if not self.calibrated or not readers:
+        layers = {site.name: [layer.name for layer in site.pruned] for site in sites}
+        if not self.calibrated or not layers:
             return {}
+        readers = {site: linear(self.model.model, site) for site in layers}
         last = next(iter(readers)) if len(readers) == 1 else None
-        weights = self._token_weights if self._hessian else {}
-        return self._collect(readers, lambda: self.model.run(index, last), weights=weights)
+        weights, scales = self._weighting
+        found = self._collect(readers, lambda: self.model.run(index, last), weights=weights)
+        for site in weights.keys() & found.keys():
+            scale = torch.cat([scales[name] for name in layers[site]])
+            found[site] = replace(found[site], scale=scale.to(self.model.device, torch.float32))
+        return found
 
     def _advance(self, index: int) -> None:
         if self.model.hidden is not None and index + 1 < self.steps:  # nobody reads what the last puts out

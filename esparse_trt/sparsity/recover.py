@@ -103,11 +103,10 @@ def distill(model: BlockwiseModel, pruned: Pruned, windows: Tensor, section: Dis
         for rows in track(batches, "distilling", total=section.steps):
             ids = windows[rows].to(device)
             with torch.no_grad():
-                wanted = dense(input_ids=ids, use_cache=False).logits.softmax(-1, dtype=torch.float32)
-                entropy = torch.special.entr(wanted).sum(-1).mean()
+                wanted = _log_p(dense, ids)
             with autocast(device):
-                logits = sparse(input_ids=ids, use_cache=False).logits
-            loss = -(wanted * logits.log_softmax(-1, dtype=torch.float32)).sum(-1).mean() - entropy
+                found = _log_p(sparse, ids)
+            loss = nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
             losses.append(loss.detach())
             trained.step(loss)
             if section.seconds is not None:
@@ -117,6 +116,12 @@ def distill(model: BlockwiseModel, pruned: Pruned, windows: Tensor, section: Dis
     means = [torch.stack(part).mean().item() for part in (losses[:_WINDOW], losses[-_WINDOW:])]
     record = RecoverRecord(block=None, steps=len(losses), before=means[0], after=means[1])
     return Pruned(values=trained.values(model.stored_dtype, "the whole model"), recovered=[record])
+
+
+def _log_p(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logarithms of the next-token probabilities after each of these tokens: float32 [tokens, vocabulary]."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    return logits.flatten(0, -2).log_softmax(-1, dtype=torch.float32)
 
 
 class _Trained:

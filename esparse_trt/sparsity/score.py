@@ -19,7 +19,7 @@ Other measures of information may take the entropy's place, see `calibrate`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,24 @@ class ChannelStatistics:
     )  # [K], as `score.information` measures it; None where the method does not use it
     tokens: int  # T
     hessian: Tensor | None = None  # float32 [K, K], Xᵀ X; None where nothing uses it
+    scale: Tensor | None = None  # [N, K], S of `tokens`: how much larger inputs are where outputs count
+
+    def of_rows(self, start: int, end: int) -> ChannelStatistics:
+        """The same for outputs start, ..., end − 1."""
+        return self if self.scale is None else replace(self, scale=self.scale[start:end])
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """W ∘ S: the weights [N, K] of a layer that reads X as each output sees it."""
+        return weight if self.scale is None else weight * self.scale
+
+    def unscaled(self, weight: Tensor) -> Tensor:
+        """What `scaled` turns into this."""
+        return weight if self.scale is None else weight / self.scale
+
+    @property
+    def norms(self) -> Tensor:
+        """‖X_j‖₂ as each output sees it: [N, K], or [K] where all see the same."""
+        return self.norm if self.scale is None else self.norm * self.scale
 
 
 ScoreFunction = Callable[[Tensor, ChannelStatistics, ScoreSection], Tensor]
@@ -80,7 +98,7 @@ def magnitude(weight: Tensor, statistics: ChannelStatistics, section: ScoreSecti
 
 def wanda(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
     """|W_ij| · ‖X_j‖₂."""
-    return weight.abs() * statistics.norm.to(weight.dtype)
+    return weight.abs() * statistics.norms.to(weight.dtype)
 
 
 def ria(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
@@ -88,12 +106,12 @@ def ria(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) ->
     size = weight.abs()
     tiny = torch.finfo(size.dtype).tiny  # a row or column of zeros has importance 0, not 0/0
     columns, rows = size.sum(0).clamp_min(tiny), size.sum(1, keepdim=True).clamp_min(tiny)
-    return (size / columns + size / rows) * statistics.norm.to(size.dtype).sqrt()
+    return (size / columns + size / rows) * statistics.norms.to(size.dtype).sqrt()
 
 
 def e_sparse(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
     """|W_ij| · (IR_j + α · RMS_j); without the information it ranks as Wanda does."""
-    channel = section.alpha * statistics.norm / statistics.tokens**0.5
+    channel = section.alpha * statistics.norms / statistics.tokens**0.5
     if needs_information(section):
         assert statistics.information is not None
         channel = channel + statistics.information
@@ -108,7 +126,8 @@ def obd(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) ->
 def obs(weight: Tensor, statistics: ChannelStatistics, section: ScoreSection) -> Tensor:
     """W_ij² / [H⁻¹]_jj."""
     assert statistics.hessian is not None
-    return weight.square() * curvature(statistics.hessian, section.damping).to(weight.dtype)
+    seen = statistics.scaled(weight)
+    return seen.square() * curvature(statistics.hessian, section.damping).to(seen.dtype)
 
 
 SCORES: dict[str, ScoreFunction] = {

@@ -90,10 +90,13 @@ class SitePruner:
 
     def scores(self, site: PlannedSite, statistics: ChannelStatistics | None) -> dict[str, Tensor]:
         """Scores [N, K] of each pruned layer."""
-        return {
-            layer.name: score(linear(self.model.model, layer.name).weight, statistics, self.section.score)
-            for layer in site.pruned
-        }
+        start, scores = 0, {}
+        for layer in site.pruned:
+            end = start + layer.shape[0]
+            mine = statistics and statistics.of_rows(start, end)
+            scores[layer.name] = score(linear(self.model.model, layer.name).weight, mine, self.section.score)
+            start = end
+        return scores
 
     def wanted(self, scores: Tensor) -> Tensor:
         """What a permutation is to keep of the scores, elementwise."""
@@ -153,7 +156,7 @@ class SitePruner:
         if (settings := self.section.refine) is not None:
             assert statistics is not None and statistics.hessian is not None
             root = count.sqrt()  # of what counts in a squared error
-            weight, lacking = self._weights(site) * root, None
+            weight, lacking = statistics.scaled(self._weights(site)) * root, None
             if missing is not None and self.section.update.method == "none":
                 lacking = settings.correct * missing * root
             final = refine(weight, scores, statistics.hessian, lacking, final, site.pattern, settings.rounds)
@@ -189,10 +192,10 @@ class SitePruner:
         weights = self._weights(site)
         if missing is not None and section.correct:
             weights = corrected(weights, hessian, missing, section.correct, section.damping, site.name)
-        fitted = update(
-            weights[:, order], hessian[order][:, order], mask, site.pattern, section, where=site.name
-        )
-        return list(fitted.mask[:, back].split(rows)), list(fitted.weight[:, back].split(rows)), fitted.record
+        weights = statistics.scaled(weights)[:, order]
+        fitted = update(weights, hessian[order][:, order], mask, site.pattern, section, where=site.name)
+        values = statistics.unscaled(fitted.weight[:, back])
+        return list(fitted.mask[:, back].split(rows)), list(values.split(rows)), fitted.record
 
 
 def reads_residual(site: PlannedSite) -> bool:

@@ -1,6 +1,7 @@
 """Build the quickstart corpus: plain English prose from permissively licensed Debian documentation packages.
 
     python recipes/quickstart/corpus.py            # needs apt-get and dpkg-deb (Debian 12), and the network
+    python recipes/quickstart/corpus.py --held-out --recovery 21000000 --out .corpus   # a longer recovery.txt
 
 The packages of `SOURCES` are downloaded (never installed), unpacked, and turned into paragraphs of plain
 text. Navigation, tables of symbols and long listings are dropped; a paragraph is kept if it reads like
@@ -11,7 +12,8 @@ packages are set aside first, and no paragraph of theirs remains in the training
 Writes `.corpus/train.txt` (documents separated by a form feed), and beside this file `calibration.txt` and
 `evaluation.txt`, with the paths of their pages in `documents.txt`, and `recovery.txt`, for recipes that train
 what is left of a pruned model: training documents of the `held_out` packages. `.corpus/` is a scratch folder
-in the repository root that git ignores.
+in the repository root that git ignores. `--held-out` reads these packages alone, which changes none of the
+texts but `train.txt`, which is not written then.
 """
 
 from __future__ import annotations
@@ -261,10 +263,14 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=400_000, help="characters of calibration text")
     parser.add_argument("--evaluation", type=int, default=180_000, help="characters of evaluation text")
     parser.add_argument("--recovery", type=int, default=3_000_000, help="characters of recovery text")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of these three texts")
+    parser.add_argument("--held-out", action="store_true", help="only what these three need: no train.txt")
     parser.add_argument("--jobs", type=int, default=2, help="processes that parse HTML")
     args = parser.parse_args()
+    args.out.mkdir(exist_ok=True)
+    sources = [source for source in SOURCES if source.held_out or not args.held_out]
     with ProcessPoolExecutor(args.jobs) as executor:
-        pages = dict(zip((s.package for s in SOURCES), executor.map(documents, SOURCES), strict=True))
+        pages = dict(zip((s.package for s in sources), executor.map(documents, sources), strict=True))
     pools = [pages[s.package] for s in SOURCES if s.held_out]
     seen: set[bytes] = set()
     held = {
@@ -272,7 +278,7 @@ def main() -> None:
         "calibration": list(hold_out(pools, args.calibration, seen)),
     }
     listing = [f"{name} {path}\n" for name, texts in held.items() for path, _ in texts]
-    (HERE / "documents.txt").write_text("".join(listing), encoding="utf-8", newline="\n")
+    (args.out / "documents.txt").write_text("".join(listing), encoding="utf-8", newline="\n")
     texts = {name: [text for _, text in documents] for name, documents in held.items()}
     train, sizes = [], Counter()
     for package, pool in pages.items():
@@ -284,8 +290,10 @@ def main() -> None:
     texts["recovery"] = recovery(train, "\n\n".join(texts["evaluation"]), args.recovery)
     for name, chosen in texts.items():
         body = "\n\n".join(chosen) + "\n"
-        (HERE / f"{name}.txt").write_text(body, encoding="utf-8", newline="\n")
+        (args.out / f"{name}.txt").write_text(body, encoding="utf-8", newline="\n")
         print(f"{name}: {len(chosen)} documents, {len(body):,} characters")
+    if args.held_out:
+        return
     body = "\n\f\n".join(document for _, document, _ in sorted(train)) + "\n"
     (CORPUS / "train.txt").write_text(body, encoding="utf-8", newline="\n")
     digest = hashlib.sha256(body.encode()).hexdigest()

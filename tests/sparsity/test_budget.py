@@ -108,8 +108,10 @@ def test_times_are_bytes_of_weights_or_those_of_a_gpu():
 
 def test_a_cost_is_measured_with_everything_else_dense(make_model, windows):
     path = make_model("llama")
-    found = prune_model(path, windows, section(budget={"perplexity_ratio": 1e6}), batch_size=2)
-    whole = prune_model(path, windows, section(), batch_size=2)
+    found = prune_model(
+        path, windows, section(tokens="equal", budget={"perplexity_ratio": 1e6}), batch_size=2
+    )
+    whole = prune_model(path, windows, section(tokens="equal"), batch_size=2)
     sites = found.choice.sites
     assert all(site.pattern == "2:4" and site.reason is None for site in sites) and len(sites) == 8
     assert all(torch.equal(found.masks[name], whole.masks[name]) for name in whole.masks)

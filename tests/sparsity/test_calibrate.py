@@ -108,14 +108,14 @@ def test_the_hessian():
     assert statistics(x).hessian is None
 
 
-def test_the_hessian_of_weighed_tokens():
+def test_weighted_tokens():
     torch.manual_seed(0)
     layer, x, c = nn.Linear(8, 4), torch.randn(6, 5, 8), torch.rand(30)
     batches = run_over(layer, list(x.split([1, 3, 2])))
     found = collect({"site": layer}, batches, bins=None, hessian=True, weights={"site": c})["site"]
     rows = x.flatten(0, 1)
     torch.testing.assert_close(found.hessian, rows.T @ (c[:, None] * rows))
-    torch.testing.assert_close(found.norm, rows.double().norm(dim=0))
+    torch.testing.assert_close(found.norm, (c[:, None] * rows.square()).double().sum(0).sqrt())
 
 
 def test_large_inputs_are_binned_in_pieces(monkeypatch):

@@ -70,7 +70,8 @@ def test_permutations_are_chosen_by_it(make_model: Callable[..., Path], windows:
     """Those of layers whose outputs differ in effect change; those of `down` do not."""
     chosen = {}
     for rows in ("equal", "effect"):
-        settings = PruneSection.model_validate({"permute": {"rows": rows, "refine": None}, "device": "cpu"})
+        permute = {"rows": rows, "refine": None}
+        settings = PruneSection.model_validate({"tokens": "equal", "permute": permute, "device": "cpu"})
         chosen[rows] = prune_model(make_model("llama"), windows, settings).permutations
     q, down = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
     assert not torch.equal(chosen["equal"][q], chosen["effect"][q])
@@ -86,5 +87,5 @@ def test_permutations_are_chosen_by_it(make_model: Callable[..., Path], windows:
         ({"score": {"method": "magnitude"}}, False),  # which takes no calibration text
     ],
 )
-def test_when_outputs_are_weighed(changes: dict[str, object], weighs: bool):
+def test_when_outputs_are_weighted(changes: dict[str, object], weighs: bool):
     assert PruneSection.model_validate(changes).weighs_rows == weighs

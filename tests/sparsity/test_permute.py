@@ -12,7 +12,7 @@ PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(2, 8), Pattern(4, 8)]
 
 
 def section(**changes):
-    return PermuteSection.model_validate(changes)
+    return PermuteSection.model_validate({"global": "deal"} | changes)
 
 
 def test_deal_by_hand():

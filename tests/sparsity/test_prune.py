@@ -155,16 +155,16 @@ def naive_mask(weight, x, pattern):
 def test_later_blocks_see_what_pruned_blocks_put_out(pattern, make_model, windows):
     """Against a whole model that is pruned by hand: block 1 is scored behind a pruned block 0."""
     path, name = make_model("llama"), "model.layers.1.mlp.down_proj"
-    off = {"global": "none", "local": None, "residual": "none"}
+    off = {"tokens": "equal", "permute": {"global": "none", "local": None, "residual": "none"}}
     model = AutoModelForCausalLM.from_pretrained(path)
     weight, parsed = model.get_submodule(name).weight, Pattern.parse(pattern)
 
-    alone = prune_model(path, windows, only(name, pattern=pattern, permute=off), batch_size=2)
+    alone = prune_model(path, windows, only(name, pattern=pattern, **off), batch_size=2)
     x_dense = inputs_of(model, name, windows)
     behind_dense = naive_mask(weight, x_dense, parsed)
     assert (alone.masks[name] != behind_dense).double().mean() < 1e-3, "but for ties in float32"
 
-    every = prune_model(path, windows, section(pattern=pattern, permute=off), batch_size=2)
+    every = prune_model(path, windows, section(pattern=pattern, **off), batch_size=2)
     for other, mask in every.masks.items():
         if other.startswith("model.layers.0."):
             model.get_submodule(other).weight.data.mul_(mask)
@@ -316,7 +316,7 @@ def test_activations_that_overflow(make_model, windows, tmp_path):
     model.model.layers[1].input_layernorm.weight.data.fill_(3e38)
     model.save_pretrained(tmp_path)
     with pytest.raises(EsparseError, match=r"NaN or Inf.*batch 0") as error:
-        prune_model(tmp_path, windows, section())
+        prune_model(tmp_path, windows, section(tokens="equal"))
     assert error.value.where == "model.layers.1.self_attn.q_proj"
 
 

@@ -43,7 +43,7 @@ class Layer:
         return refine(self.weight, self.scores, self.hessian, self.missing, order, pattern, rounds)
 
     def shuffled(self, pattern: Pattern) -> Tensor:
-        settings = PermuteSection.model_validate({"local": {"block": "full"}})
+        settings = PermuteSection.model_validate({"global": "deal", "local": {"block": "full"}})
         return permute.choose(self.scores.square().unsqueeze(0), pattern, settings).final[0]
 
 

@@ -67,6 +67,19 @@ def test_against_a_naive_loop(layer, method):
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=0)
 
 
+@pytest.mark.parametrize("method", ["wanda", "ria", "obd", "e_sparse", "obs"])
+def test_what_each_output_sees_for_itself(layer, method):
+    """A row of the scale is a scale of the inputs that this output reads; of an undamped Hessian, too."""
+    weight, x = layer
+    section = ScoreSection(method=method, damping=0)
+    entropy, scale = torch.rand(K, dtype=torch.float64), torch.rand(N, K, dtype=torch.float64) + 0.5
+    found = score(weight, ChannelStatistics(x.norm(dim=0), entropy, T, x.T @ x, scale), section)
+    for i, own in enumerate(scale):
+        read = x * own
+        alone = score(weight, ChannelStatistics(read.norm(dim=0), entropy, T, read.T @ read), section)
+        torch.testing.assert_close(found[i], alone[i])
+
+
 def test_half_precision_weights_are_scored_in_float32(layer):
     weight, x = layer
     statistics = ChannelStatistics(x.norm(dim=0), None, T)
