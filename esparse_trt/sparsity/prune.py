@@ -53,8 +53,10 @@ def prune_model(
         batch_size: sequences that pass through a block at a time.
     """
     model = BlockwiseModel(path, resolve_device(section.device), trust_remote_code=trust_remote_code)
-    choice = _choose_layers(model, windows, section, batch_size) if section.budget else None
-    pruner = Pruner(model, windows, section, batch_size, choice)
+    pruner = Pruner(model, windows, section, batch_size)
+    choice = _choose_layers(pruner) if section.budget else None
+    if choice is not None:
+        pruner = pruner.like(choice=choice)
     pruned = _prune_all(pruner, Pruned(choice=choice))
     return replace(pruned, layers=pruned.layers + pruner.dense_layers())
 
@@ -101,18 +103,16 @@ def _prune_all(pruner: Pruner, pruned: Pruned) -> Pruned:
     return pruned
 
 
-def _choose_layers(
-    model: BlockwiseModel, windows: Tensor, section: PruneSection, batch_size: int
-) -> LayerChoice:
+def _choose_layers(pruner: Pruner) -> LayerChoice:
     """What the budget makes of each site: from a pruning without recovery, and perhaps one to 4:8."""
+    section = pruner.section
     assert section.budget is not None
     plain = section.model_copy(update={"recover": None})
-    pruner = Pruner(model, windows, plain, batch_size)
-    pruned, finer = _prune_all(pruner, Pruned()), None
+    pruned, finer = _prune_all(pruner.like(plain), Pruned()), None
     if section.budget.sensitive != "dense":
         other = plain.model_copy(update={"pattern": section.budget.sensitive})
-        finer = _prune_all(Pruner(model, windows, other, batch_size), Pruned())
-    return choose_layers(model, pruned, finer, pruner.dense_layers(), windows, section)
+        finer = _prune_all(pruner.like(other), Pruned())
+    return choose_layers(pruner.model, pruned, finer, pruner.dense_layers(), pruner.windows, section)
 
 
 def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
@@ -141,10 +141,9 @@ def prune(recipe: Recipe, folder: BuildDir) -> PruneRecord:
         journal.save_tokens(windows)
     choice = None
     if recipe.prune.budget is not None:
-        size = recipe.calibration.batch_size
-        choice = journal.layers() or _choose_layers(model, windows, recipe.prune, size)
+        choice = journal.layers() or _choose_layers(pruner)
         journal.save_layers(choice)
-        pruner = Pruner(model, windows, recipe.prune, size, choice)
+        pruner = pruner.like(choice=choice)
     _run(pruner, journal)
 
     decided = journal.decided()

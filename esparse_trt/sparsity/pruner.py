@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class Pruner:
         updated: whether kept weights are re-fitted or trained.
         calibrated: whether anything needs the calibration text; the score magnitude alone does not.
         shared: the residual stream's permutations under `residual: shared`, from `choose_shared`.
+        windows: the calibration text.
+        weighting: how much its tokens count for the sites in the blocks, found once when it is asked for.
     """
 
     def __init__(
@@ -85,8 +87,9 @@ class Pruner:
             measure=section.score.information,
             hessian=self._hessian,
         )
-        self._windows = windows
+        self.windows = windows
         self._batch_size = batch_size
+        self.weighting = cache(self._weigh)
         self._profiled = {0, model.blocks // 2, model.blocks - 1}
         self.restart()
 
@@ -95,19 +98,23 @@ class Pruner:
         """Whether `shared` has to be set before the first step."""
         return self.section.permute.residual == "shared" and self.shared is None
 
-    @cached_property
-    def _weighting(self) -> Weighting:
-        """How much tokens count for the sites in the blocks; empty: all the same."""
-        if self.section.tokens == "equal":
+    def like(self, section: PruneSection | None = None, choice: LayerChoice | None = None) -> Pruner:
+        """One that prunes this model on this text otherwise, all of it or what a budget chose."""
+        other = Pruner(self.model, self.windows, section or self.section, self._batch_size, choice)
+        other.weighting = self.weighting
+        return other
+
+    def _weigh(self) -> Weighting:
+        if self.section.tokens == "equal" or not self.calibrated:
             return Weighting({}, {})
         pruned = [site for block in self.plan.blocks for site in block if site.pruned]
         layers = {site.name: [layer.name for layer in site.pruned] for site in pruned}
-        return weight_tokens(self.model, layers, self._windows)
+        return weight_tokens(self.model, layers, self.windows)
 
     def restart(self) -> None:
         """Go back to the first block: its inputs are the embedded calibration text."""
         if self.calibrated:
-            self.model.embed(self._windows, self._batch_size, follow_dense=self.section.follows_dense)
+            self.model.embed(self.windows, self._batch_size, follow_dense=self.section.follows_dense)
 
     @torch.no_grad()
     def choose_shared(self) -> Choice:
@@ -171,7 +178,7 @@ class Pruner:
             for site in together:
                 missing = None
                 if ordinary is not None and site.pruned:
-                    counts = ordinary.float() * self._weighting.tokens.get(site.name, 1)
+                    counts = ordinary.float() * self.weighting().tokens.get(site.name, 1)
                     missing = correct.missing(self.model, index, site, writers, dense, counts)
                 found = self._sites.prune(
                     site,
@@ -207,7 +214,7 @@ class Pruner:
             return {}
         readers = {site: linear(self.model.model, site) for site in layers}
         last = next(iter(readers)) if len(readers) == 1 else None
-        weights, scales = self._weighting
+        weights, scales = self.weighting()
         found = self._collect(readers, lambda: self.model.run(index, last), weights=weights)
         for site in weights.keys() & found.keys():
             scale = torch.cat([scales[name] for name in layers[site]])

@@ -13,7 +13,8 @@ highest scores of each group along K:
 E-Sparse adds the information richness IR_j = −Σ_b p_bj ln p_bj, the entropy of channel j's histogram, to its
 amplitude. ‖X_j‖₂ grows with √T and the entropy does not, so the amplitude here is RMS_j = ‖X_j‖₂ / √T: the
 balance does not depend on how much text was read. The defaults of α and of the number of bins are our own.
-Other measures of information may take the entropy's place, see `calibrate`.
+Other measures of information may take the entropy's place, see `calibrate`. Where tokens are weighted, each
+output i has norms of its own, S_ij ‖X_j‖₂, and weights S_ij W_ij in front of H: see `tokens`.
 """
 
 from __future__ import annotations

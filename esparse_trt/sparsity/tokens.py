@@ -42,7 +42,7 @@ from esparse_trt.progress import track
 from esparse_trt.sparsity.blockwise import BlockwiseModel
 from esparse_trt.sparsity.trace import traced, watched
 
-_BATCH = 4  # sequences whose logits exist at a time
+_BATCH = 4  # sequences that go through a block at a time
 KEPT = 1 << 32  # bytes of what blocks read that are kept
 _LARGEST = 64.0  # S and 1 / S: more would be what a handful of tokens say
 
@@ -122,9 +122,8 @@ def weight_tokens(model: BlockwiseModel, sites: Mapping[str, Sequence[str]], win
             if number == 0:
                 scales |= {name: _in_file(s) for name, s in found.scales().items()}
     roots = {site: torch.cat(found).sqrt() for site, found in squares.items() if found}
-    tokens = {site: c / c.mean() for site, c in roots.items() if c.any()}
-    counting = {name for site in tokens for name in sites[site]}
-    return Weighting(tokens, {name: s for name, s in scales.items() if name in counting})
+    tokens = {site: c / c.mean() for site, c in roots.items() if c.any() and scales.keys() >= {*sites[site]}}
+    return Weighting(tokens, {name: scales[name] for site in tokens for name in sites[site]})
 
 
 def _in_file(values: Tensor) -> Tensor:
@@ -169,11 +168,11 @@ def _go_through(
 
 
 def _last_gradient(model: BlockwiseModel, signs: torch.Generator) -> list[Tensor]:
-    """∂ℓ/∂h [B, length, hidden] of what the last block puts out, for each batch: float32, in host memory."""
+    """∂ℓ/∂h [1, length, hidden] of what the last block puts out, of every sequence: float32, on the host."""
     assert model.hidden is not None
     gradients = []
     with model.loaded_tail() as tail, torch.enable_grad():
-        for hidden in model.hidden.split(_BATCH):
+        for hidden in model.hidden.split(1):  # its logits are larger than all else
             x, logits = traced(model, hidden, tail)
             logits = logits.flatten(0, 1).float()
             if not bool(logits.isfinite().all()):

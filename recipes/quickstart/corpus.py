@@ -9,11 +9,10 @@ English, and kept once in the whole corpus. Documents are split by the SHA-256 o
 split does not depend on the machine or on the order of the files. Whole documents of the `held_out`
 packages are set aside first, and no paragraph of theirs remains in the training text.
 
-Writes `.corpus/train.txt` (documents separated by a form feed), and beside this file `calibration.txt` and
-`evaluation.txt`, with the paths of their pages in `documents.txt`, and `recovery.txt`, for recipes that train
-what is left of a pruned model: training documents of the `held_out` packages. `.corpus/` is a scratch folder
-in the repository root that git ignores. `--held-out` reads these packages alone, which changes none of the
-texts but `train.txt`, which is not written then.
+Writes `.corpus/train.txt` (documents separated by a form feed; git ignores the folder), and beside this file
+`calibration.txt` and `evaluation.txt`, with the paths of their pages in `documents.txt`, and `recovery.txt`,
+for recipes that train what is left of a pruned model: training documents of the `held_out` packages.
+`--held-out` reads these packages alone, which changes `train.txt` only: it is not written then.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from esparse_trt.errors import EsparseError
 from esparse_trt.records import SiteCost
 from esparse_trt.sections import BudgetSection, PruneSection
 from esparse_trt.sparsity import prune as stage
+from esparse_trt.sparsity import pruner
 from esparse_trt.sparsity.budget import Speed, softened_within, within_budget, within_speed
 from esparse_trt.sparsity.prune import prune, prune_model
 from esparse_trt.sparsity.speed import site_times
@@ -195,6 +196,15 @@ def test_costs_are_measured_once(make_model, make_recipe, tmp_path, monkeypatch)
     monkeypatch.setattr(stage, "choose_layers", None)
     assert prune(recipe, stopped) == record
     assert record.choice is not None and math.isfinite(record.choice.ln_ratio)
+
+
+def test_tokens_are_weighted_once(wide, wide_text, monkeypatch):
+    """For the costs at both patterns, and for what the budget makes of them."""
+    calls, weigh = [], pruner.weight_tokens
+    monkeypatch.setattr(pruner, "weight_tokens", lambda *given: calls.append(given) or weigh(*given))
+    budget = {"speedup": 1.3, "sensitive": "4:8"}
+    prune_model(wide, wide_text, section(budget=budget, tokens="effect"))
+    assert len(calls) == 1
 
 
 def test_a_speed_budget_prunes_enough(wide, wide_text):
